@@ -1,0 +1,214 @@
+"""`genatt`: one verb, one function call. torch, deepspeed and ray are imported inside the verbs that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.errors import GenattError
+
+app = typer.Typer(
+    help="Train generative-attention recommenders: TorchRec tables, DeepSpeed dense layers, Ray Data shards.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+_USER_ERROR = 2
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples("genatt prepare ml-100k --out shards/ml-100k", "genatt prepare 's3://bucket/log/*.parquet' --user-column uid --out shards/mine")
+)
+def prepare(
+    source: Annotated[str, typer.Argument(help="ml-100k, synthetic[:users=N,…], or a file, directory or glob (any fsspec path).")],
+    out: Annotated[str, typer.Option(help="Directory to create.")],
+    items: Annotated[Optional[str], typer.Option(help="File of item attributes, joined on the item column.")] = None,
+    user_column: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
+    item_column: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
+    time_column: Annotated[str, typer.Option(help="Column of times; empty: the row order is the sequence.")] = "timestamp",
+    format: Annotated[str, typer.Option(help="auto, parquet or csv.")] = "auto",
+    separator: Annotated[Optional[str], typer.Option(help="CSV; default: tab for .tsv, else comma.")] = None,
+    duplicates: Annotated[str, typer.Option(help="Rows to drop: none, exact or consecutive.")] = "none",
+    min_user: Annotated[int, typer.Option(help="k-core: interactions a user must have.")] = 5,
+    min_item: Annotated[int, typer.Option(help="k-core: interactions an item must have.")] = 5,
+    num_shards: Annotated[int, typer.Option(help="Files the users are hashed over.")] = 8,
+    seed: Annotated[int, typer.Option(help="Key of the order of users inside a file.")] = 0,
+    id_type: Annotated[str, typer.Option(help="auto, or string: keep every id as text (007 is not 7).")] = "auto",
+    name: Annotated[Optional[str], typer.Option(help="Name of the data set; default: from the source.")] = None,
+) -> None:
+    """Turn a raw log (Parquet or CSV) into sequence shards with a manifest."""
+    from pydantic import ValidationError
+
+    from data_pipeline.config import PrepareConfig
+    from data_pipeline.prepare import prepare as run
+
+    try:
+        config = PrepareConfig(
+            source=source, out=out, items=items, user_column=user_column, item_column=item_column, time_column=time_column,
+            format=format, separator=separator, duplicates=duplicates, min_user_interactions=min_user,
+            min_item_interactions=min_item, num_shards=num_shards, seed=seed, id_type=id_type, name=name,
+        )  # type: ignore[arg-type]  # fmt: skip
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise GenattError(f"{where or 'options'}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
+    run(config)
+
+
+@app.command(
+    epilog=_examples(
+        "genatt train configs/beauty_dot_product.yaml --run runs/beauty",
+        "genatt train configs/quickstart.yaml world_size=2 model.attention.type=diffusion --run runs/d --launcher deepspeed",
+    )
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    run: Annotated[Path, typer.Option(help="Run directory to create.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")] = None,
+    launcher: Annotated[Optional[str], typer.Option(help="process, torchrun or deepspeed; default by world_size.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --run.")] = False,
+) -> None:
+    """Train one model into a run directory."""
+    from genatt_dist import config as configuration
+    from genatt_dist import runs
+
+    summary = runs.train(configuration.load(config, overrides or []), run, launcher, resume)
+    valid, training = summary["valid"], summary["train"]
+    Console().print(
+        f"{run}: valid ndcg@10 {valid['ndcg@10']:.4f} after {training['epochs']} epochs, {training['seconds']:.0f} s, "
+        f"{training['sequences_per_second']:,.0f} sequences/s. Next: genatt evaluate {run} --split test",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(epilog=_examples("genatt evaluate runs/beauty --split test", "genatt evaluate runs/beauty --split valid --json"))
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rank every user's target against the whole catalogue with the best checkpoint."""
+    if split not in ("valid", "test"):
+        raise GenattError(f"--split {split} is unknown: use valid or test")
+    from genatt_dist import runs
+
+    runs.read_config(run)
+    from genatt_dist.evaluation.run import evaluate_run
+
+    with _progress("users") as advance:
+        report = evaluate_run(run, split, advance)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"{report['model']} on {split}, {report['users']:,} users, checkpoint of step {report['step']}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in report["metrics"].items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "genatt recommend runs/beauty --users users.csv --k 10 --out top10.parquet",
+        "genatt recommend runs/beauty --users histories.parquet --out top10.parquet   (with an item column: raw histories)",
+    )
+)
+def recommend(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    users: Annotated[Path, typer.Option(help="Parquet or CSV: a user column (known users), or user and item columns (histories).")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write: user_id, rank, item_id, score.")],
+    k: Annotated[int, typer.Option(help="Items a user gets.")] = 10,
+) -> None:
+    """Write the best k items for known users, or for raw histories of unknown ones."""
+    from genatt_dist import runs
+
+    runs.read_config(run)
+    from genatt_dist.serving import recommend as serving
+    from genatt_dist.serving.trained import load
+
+    trained = load(run)
+    requests = serving.read_requests(users, trained)
+    for note in requests.notes:
+        _stderr().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    with _progress("users", len(requests.user_ids)) as advance:
+        table = serving.recommend(trained, requests, k, advance)
+    serving.write(table, out)
+    Console().print(f"{out}: {table.height:,} rows for {len(requests.user_ids):,} users", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog=_examples("genatt quickstart", "genatt quickstart --data my_log.parquet --out runs/mine"))
+def quickstart(
+    data: Annotated[str, typer.Option(help="Your own log instead of ml-100k (anything `prepare` takes).")] = "ml-100k",
+    out: Annotated[Path, typer.Option(help="Directory of shards, runs and report; an earlier quickstart there is replaced.")] = Path("runs/quickstart"),
+    launcher: Annotated[str, typer.Option(help="torchrun or deepspeed.")] = "deepspeed",
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")] = None,
+) -> None:
+    """Raw log → shards → three models on two ranks → evaluation → report."""
+    from genatt_dist.quickstart import quickstart as run
+
+    run(data, out, launcher, overrides or [], _stderr())
+
+
+@app.command(epilog=_examples("genatt doctor", "genatt doctor --json"))
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check this machine: versions, GPU, compilers, shared memory, loopback, folders. Exit code 1 when something fails."""
+    from dataclasses import asdict
+
+    from genatt_dist.doctor import examine, print_table
+
+    checks = examine()
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        print_table(checks)
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130; a traceback is a bug."""
+    try:
+        app()
+    except GenattError as error:
+        _stderr().print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(_USER_ERROR)
+    except KeyboardInterrupt:
+        _stderr().print("stopped", style="red")
+        sys.exit(130)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _progress(unit: str, total: int | None = None) -> Any:
+    """A context that gives a function to move a progress bar on stderr by some units."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def bar() -> Any:
+        console = _stderr()
+        columns = (BarColumn(), TextColumn("{task.completed:,.0f} " + unit), TextColumn("{task.speed:,.0f}/s"), TimeElapsedColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+            task = shown.add_task("", total=total)
+            yield lambda amount: shown.update(task, advance=amount)
+
+    return bar()
+
+
+if __name__ == "__main__":
+    main()

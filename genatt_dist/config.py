@@ -1,0 +1,299 @@
+"""What a run is: one strict, typed configuration, read from YAML and `key=value` overrides and checked before any process starts.
+
+`load(path, overrides)` is the way in. An unknown key is an error that names the nearest known one; a combination that cannot
+work is refused here, with the reason, so that no worker ever meets it. Nothing in this module imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.errors import GenattError
+from genatt_dist.attention import schedule
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no silent change after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the sequence shards lie and how histories are cut from them."""
+
+    path: str = Field(description="Directory or fsspec URL that `genatt prepare` published.")
+    max_len: int = Field(50, ge=1, le=4096, description="n: positions a history may have.")
+    windows: Literal["last", "all"] = Field(
+        "last", description="Train on the last max_len+1 items of a user, or on all windows of that length."
+    )
+    targets: Literal["all", "last"] = Field("all", description="Predict every next item of a window, or only its last one.")
+
+
+class DotProductAttention(Section):
+    """SASRec's attention with query, key and value projections: the control every claim is held against."""
+
+    type: Literal["dot_product"] = "dot_product"
+
+
+class _Generated(Section):
+    """What V-GenAtt and D-GenAtt share (MATH §3, §4)."""
+
+    form: Literal["factor", "matrix"] = "factor"
+    rank: int = Field(16, ge=1, description="r: width of the generated query of a head (factor form).")
+    latent_size: int = Field(32, ge=1, description="d_z")
+    generator_size: int = Field(128, ge=1, description="d_h: width of decoder and denoiser.")
+    decoder: Literal["mlp", "linear"] = "mlp"
+    decoder_input: Literal["states", "states_items", "latent"] = Field("states", description="c_i = S_i, [S_i; X_i] or nothing.")
+    condition: Literal["prefix", "last"] = Field("prefix", description="Row i sees S_i, or every row the last state.")
+    relative_bias: bool = Field(True, description="Learned bias b_{i-j} on factor-form logits.")
+    query_projection: bool = Field(False, description="Add x W_Q to the generated query (factor form).")
+    value_projection: bool = Field(False, description="V = X W_V instead of V = X.")
+    free_bits: float = Field(0.05, ge=0, description="nat per latent dimension that the KL is not pushed below.")
+    gamma: float = Field(1.0, ge=0, description="Weight of the generative loss.")
+    gamma_warmup: float = Field(0.1, ge=0, le=1, description="Share of all steps over which gamma rises from 0.")
+
+
+class VariationalAttention(_Generated):
+    """V-GenAtt: each row's map is decoded from a Gaussian latent (MATH §4)."""
+
+    type: Literal["variational"] = "variational"
+    train_samples: int = Field(1, ge=1, description="K of the importance-weighted bound -log 1/K sum p(y|z_k).")
+    inference: Literal["mean", "sample", "mc"] = "mean"
+    mc_samples: int = Field(16, ge=1, description="M: maps averaged by inference=mc.")
+
+
+class DiffusionAttention(_Generated):
+    """D-GenAtt: each row's map is denoised from Gaussian noise (MATH §5)."""
+
+    type: Literal["diffusion"] = "diffusion"
+    diffusion_steps: int = Field(50, ge=1, description="T")
+    schedule: Literal["linear", "cosine"] = "linear"
+    train_sampler: Literal["one_step", "unrolled"] = "one_step"
+    rec_mix: float = Field(0.5, ge=0, le=1, description="rho: share of sequences ranked through the denoised map.")
+    latent_weight: float = Field(0.5, ge=0, description="gamma_z: weight of the latent's KL inside the generative loss.")
+    sampling_steps: int = Field(4, ge=1, description="S: DDIM steps at inference.")
+    eta: float = Field(0.0, ge=0, le=1, description="DDIM noise: 0 deterministic given R_T, 1 ancestral.")
+    sample_blocks: Literal["all", "last"] = Field("all", description="Blocks that sample at inference; the others use the mean map.")
+    literal: bool = Field(False, description="Diffuse g_0 itself: m = 0, sigma = 1.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> DiffusionAttention:
+        if self.sampling_steps > self.diffusion_steps:
+            raise ValueError(
+                f"sampling_steps={self.sampling_steps} is more than diffusion_steps={self.diffusion_steps}: "
+                f"set sampling_steps to at most {self.diffusion_steps}"
+            )
+        schedule.check(self.schedule, self.diffusion_steps)
+        return self
+
+
+Attention = Annotated[DotProductAttention | VariationalAttention | DiffusionAttention, Field(discriminator="type")]
+
+
+class ModelConfig(Section):
+    """The dense model between item rows and states (MATH §2)."""
+
+    hidden_size: int = Field(64, ge=1, description="d")
+    num_blocks: int = Field(2, ge=1, description="L")
+    num_heads: int = Field(1, ge=1, description="H")
+    dropout: float = Field(0.2, ge=0, lt=1)
+    attention: Attention = DotProductAttention()
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads share the width equally")
+        return self
+
+
+class TableConfig(Section):
+    """The item table: inside the dense model, or row-wise sharded over the ranks by TorchRec."""
+
+    kind: Literal["replicated", "sharded"] = "replicated"
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field(
+        "rowwise_adagrad", description="Fused optimizer of a sharded table; a replicated one shares the dense optimizer."
+    )
+    learning_rate: float | None = Field(None, gt=0, description="Sharded table only; default: training.learning_rate.")
+    init_std: float = Field(0.02, gt=0)
+
+
+class LossConfig(Section):
+    """What is minimised for each real target."""
+
+    kind: Literal["full", "sampled", "bce"] = "full"
+    num_negatives: int = Field(256, ge=1, description="Negatives shared by the global batch (sampled).")
+    proposal: Literal["uniform", "log_uniform", "popularity"] = Field("uniform", description="Law of the negatives (sampled).")
+    chunk_tokens: int = Field(1024, ge=1, description="Targets whose logits exist at one time (full).")
+
+
+class TrainingConfig(Section):
+    """How long, how fast and with which optimizer."""
+
+    epochs: int = Field(20, ge=1)
+    max_seconds: float | None = Field(None, gt=0, description="Stop training at the first epoch end after this many seconds.")
+    batch_sequences: int = Field(256, ge=1, description="Sequences of a global batch on average; batches hold equal numbers of tokens.")
+    accumulation_steps: int = Field(1, ge=1, description="Global batches summed before one update.")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    beta2: float = Field(0.98, gt=0, lt=1)
+    warmup: float = Field(0.02, ge=0, lt=1, description="Share of all steps over which the rates rise.")
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    final_rate: float = Field(0.1, ge=0, le=1, description="Rates at the last step as a share of their peak.")
+    gradient_clipping: float = Field(0.0, ge=0, description="Norm limit of the dense gradients; 0 = off. Never reaches a sharded table.")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    patience: int = Field(5, ge=1, description="Evaluations without a better validation NDCG@10 before training stops.")
+    evaluate_every: int = Field(1, ge=1, description="Epochs between evaluations.")
+    seed: int = Field(0, ge=0)
+
+
+class EvaluationConfig(Section):
+    """Full ranking over the catalogue (EVALUATION protocol)."""
+
+    exclude_seen: bool = True
+    batch_users: int = Field(512, ge=1)
+    chunk_items: int = Field(65_536, ge=1, description="Items scored at one time.")
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    table: TableConfig = TableConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    world_size: int = Field(1, ge=1, description="Ranks of the run.")
+
+    @property
+    def table_learning_rate(self) -> float:
+        return self.table.learning_rate or self.training.learning_rate
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        attention, sharded = self.model.attention, self.table.kind == "sharded"
+        if sharded and self.loss.kind == "full":
+            raise ValueError(
+                "table.kind=sharded with loss.kind=full: no rank holds all rows to score; use loss.kind=sampled (or bce), "
+                "or table.kind=replicated"
+            )
+        if sharded and self.training.accumulation_steps > 1:
+            raise ValueError(
+                "table.kind=sharded with training.accumulation_steps > 1: the fused table optimizer updates rows inside every "
+                "backward, so the micro-batches would be separate updates; raise training.batch_sequences instead"
+            )
+        if not sharded and self.table.learning_rate is not None:
+            raise ValueError(
+                "table.learning_rate with table.kind=replicated: a replicated table shares the dense optimizer; "
+                "set training.learning_rate, or table.kind=sharded"
+            )
+        if self.training.precision == "bf16" and self.training.zero_stage == 0:
+            raise ValueError(
+                "training.precision=bf16 with training.zero_stage=0: DeepSpeed's bf16 without ZeRO was measured ten times off "
+                "with AdamW; use training.zero_stage=1"
+            )
+        if isinstance(attention, VariationalAttention | DiffusionAttention):
+            if attention.condition == "last" and self.data.targets != "last":
+                raise ValueError(
+                    "model.attention.condition=last with data.targets=all: the last state has seen the targets of all earlier "
+                    "positions; use condition=prefix, or data.targets=last"
+                )
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML) and check the whole.
+
+    Raises GenattError: missing file, bad YAML, unknown key (with the nearest name), bad value, impossible combination.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise GenattError(f"cannot read config {path}: {error.strerror}; name an existing YAML file, for example from configs/") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise GenattError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise GenattError(f"config {path} holds {type(tree).__name__}, not sections such as `data:` and `model:`")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], where: str) -> RunConfig:
+    """Check a tree of plain values; `where` names its origin in errors."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise GenattError(f"config {where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load` of it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise GenattError(f"override {override!r} is not of the form section.key=value, for example training.epochs=3")
+    *parents, leaf = key.split(".")
+    node = tree
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise GenattError(f"override {override!r}: {name} is the value {child!r}, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise GenattError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors as: where, what was there, what may be there."""
+    location = [part for part in error["loc"]]
+    dotted = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        names = sorted(_fields(location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        return f"unknown key {dotted}: {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    if error["type"] == "missing":
+        return f"{dotted} is missing: set it in the file or give {dotted}=VALUE"
+    return f"{dotted}={error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields(location: Sequence[Any]) -> set[str]:
+    """Names of the fields a section may have, following a location of pydantic's (a union's location names its tag)."""
+    kinds: list[Any] = [RunConfig]
+    for part in location:
+        following: list[Any] = []
+        for kind in kinds:
+            if part in kind.model_fields:
+                following += _sections(kind.model_fields[part].annotation)
+            elif kind.model_fields.get("type") is not None and kind.model_fields["type"].default == part:
+                following.append(kind)
+        kinds = following
+    return {name for kind in kinds for name in kind.model_fields}
+
+
+def _sections(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
+        return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []

@@ -1,0 +1,36 @@
+"""The popularity baseline: the same ranking for everybody, most interactions in the training part first."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from genatt_dist.config import RunConfig
+from genatt_dist.data.batches import evaluation_batches
+from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.table import rank_rows
+from genatt_dist.evaluation.evaluate import Result, query
+from genatt_dist.evaluation.metrics import CUTOFFS, metrics
+
+
+def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> Result:
+    """Rank by popularity through the ranking that models use: a state of width 1 and each item's place as its row.
+
+    Places, not counts: items of equal count keep a fixed order (frequency rank), so the list of k is well defined.
+    """
+    order = np.argsort(-sequences.popularity[1:], kind="stable")
+    place = np.empty(sequences.num_items, np.float64)
+    place[order] = np.arange(sequences.num_items, 0, -1)
+    rows_VD = torch.from_numpy(place)[:, None]
+    ranks, shown = [], np.zeros((len(CUTOFFS), sequences.num_items + 1), np.int64)
+    device = torch.device("cpu")
+    for histories in evaluation_batches(sequences, split, 1, config.evaluation.batch_users, 0, 1, device):
+        states_BD = torch.ones(len(histories.user_B), 1, dtype=torch.float64)
+        ranking = rank_rows(
+            rows_VD, query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items
+        )
+        ranks.append(ranking.ahead_B.numpy() + 1)
+        for cutoff, k in enumerate(CUTOFFS):
+            np.add.at(shown[cutoff], ranking.top_Bk[:, :k].numpy().ravel(), 1)
+    rank_U = np.concatenate(ranks)
+    return Result(metrics(rank_U, shown[:, 1:]), rank_U)

@@ -1,0 +1,46 @@
+"""What every launcher starts on every rank: `python -m genatt_dist.launch.worker --run DIR --launcher NAME [--resume]`.
+
+A user's mistake ends the process with one line (told by rank 0 alone) and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from data_pipeline.errors import GenattError
+
+USER_ERROR = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--launcher", required=True)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher; LOCAL_RANK says the same")
+    arguments = parser.parse_args()
+    _quiet()
+    from genatt_dist.training.trainer import train
+
+    try:
+        train(arguments.run, arguments.launcher, arguments.resume)
+    except GenattError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+
+
+def _quiet() -> None:
+    """Libraries' chatter off: it comes once a rank and tells the user nothing to act on."""
+    warnings.filterwarnings("ignore", module=r"(torch|torchrec|deepspeed|fbgemm_gpu)(\.|$)")
+    for name in ("torch", "torchrec", "DeepSpeed", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The best k items for known users, or for raw histories of unknown ones, from a Parquet or CSV file to a Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+
+from data_pipeline import format as shards
+from data_pipeline.errors import GenattError
+from genatt_dist.data.batches import Histories
+from genatt_dist.data.sequences import Ints
+from genatt_dist.evaluation.evaluate import encode, query
+from genatt_dist.serving.trained import Trained
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Histories of dense ids: user i's are items[first[i]:end[i]]. notes: what was skipped, one line each."""
+
+    user_ids: pl.Series
+    items: np.ndarray
+    first: Ints
+    end: Ints
+    notes: list[str]
+
+
+def read_requests(path: Path, trained: Trained) -> Requests:
+    """Read who asks. A file with the data's item column holds raw histories (in time order: by the time column if it has one,
+    else by row); without it, users the model was trained on.
+    """
+    names = trained.sequences.manifest.config
+    user, item, time = str(names["user_column"]), str(names["item_column"]), names.get("time_column")
+    table = _read(path)
+    if user not in table.columns:
+        raise GenattError(f"{path} has no column {user}: it has {', '.join(table.columns)}; rename the users' column to {user}")
+    if not table.height:
+        raise GenattError(f"{path} has no rows: nobody to recommend to")
+    if item in table.columns:
+        return _histories(table.select(pl.col(user).alias("user"), pl.col(item).alias("item"), *([pl.col(time).alias("time")] if time in table.columns else [])), path, trained)
+    return _known(table[user].unique(maintain_order=True), path, trained)
+
+
+def recommend(trained: Trained, requests: Requests, k: int, progress: Callable[[int], None] = lambda users: None) -> pl.DataFrame:
+    """k rows a user: user_id, rank (from 1), item_id (original), score. Items in the history are left out if evaluation did so."""
+    if not 1 <= k <= trained.sequences.num_items:
+        raise GenattError(f"k={k} is not between 1 and the catalogue's {trained.sequences.num_items} items")
+    vocabulary = shards.read_vocabulary(trained.config.data.path, trained.sequences.manifest)
+    original = pl.DataFrame(vocabulary.select(["dense_id", "item_id"])).sort("dense_id")["item_id"]
+    evaluation = trained.config.evaluation
+    parts = []
+    for low in range(0, len(requests.user_ids), evaluation.batch_users):
+        here = slice(low, low + evaluation.batch_users)
+        rows = np.arange(low, min(low + evaluation.batch_users, len(requests.user_ids)))
+        histories = Histories.of(
+            requests.items, requests.first[here], requests.end[here], rows, trained.config.data.max_len, trained.device
+        )
+        with torch.no_grad():
+            rows_ND = trained.table.lookup(histories.items_N)
+            states_BD = encode(trained.backbone, rows_ND, histories, trained.config, torch.Tensor.clone)
+            ranking = trained.table.rank(query(states_BD, histories, evaluation.exclude_seen), k, evaluation.chunk_items)
+        score = ranking.score_Bk.cpu().numpy().ravel()
+        dense = ranking.top_Bk.cpu().numpy().ravel()
+        part = pl.DataFrame(
+            {
+                "user_id": requests.user_ids.gather(np.repeat(rows, k)),
+                "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(rows)),
+                "item_id": original.gather(np.maximum(dense, 1) - 1),
+                "score": score,
+            }
+        )
+        parts.append(part.filter(np.isfinite(score)))  # somebody who has seen nearly everything gets fewer than k
+        progress(len(rows))
+    return pl.concat(parts)
+
+
+def write(table: pl.DataFrame, out: Path) -> None:
+    """Write the recommendations; the file appears whole or not at all."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table.write_parquet(temporary)
+        temporary.rename(out)
+    except OSError as error:
+        raise GenattError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
+
+
+def _read(path: Path) -> pl.DataFrame:
+    if not path.exists():
+        raise GenattError(f"{path} does not exist: name a Parquet or CSV file of users")
+    try:
+        return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise GenattError(f"cannot read {path}: {str(error).splitlines()[0]}; give Parquet, or CSV with a header") from None
+
+
+def _known(users: pl.Series, path: Path, trained: Trained) -> Requests:
+    sequences = trained.sequences
+    known = pl.DataFrame({"user": pl.from_arrow(sequences.user_ids)}).with_row_index("row")
+    asked = pl.DataFrame({"user": _cast(users, known["user"].dtype)}).join(known, on="user", how="left", maintain_order="left")
+    missing = asked.filter(pl.col("row").is_null())["user"]
+    found = asked.drop_nulls("row")
+    if not found.height:
+        raise GenattError(f"{path}: none of its {users.len()} users is in {sequences.manifest.name}; give histories: add an item column")
+    index = found["row"].to_numpy().astype(np.int64)
+    notes = [_note(missing, "users", f"are not in {sequences.manifest.name}; add their histories (an item column) to the file")]
+    return Requests(found["user"], sequences.items, sequences.offsets[index], sequences.offsets[index + 1], [n for n in notes if n])
+
+
+def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
+    sequences = trained.sequences
+    vocabulary = shards.read_vocabulary(trained.config.data.path, sequences.manifest)
+    known = pl.DataFrame(vocabulary.select(["item_id", "dense_id"]))
+    table = table.with_columns(_cast(table["item"], known["item_id"].dtype).alias("item"))
+    joined = table.join(known, left_on="item", right_on="item_id", how="left", maintain_order="left")
+    unknown = joined.filter(pl.col("dense_id").is_null())["item"].unique(maintain_order=True)
+    kept = joined.drop_nulls("dense_id")
+    if "time" in kept.columns:
+        kept = kept.sort("time", maintain_order=True)
+    lists = kept.group_by("user", maintain_order=True).agg("dense_id").sort("user")
+    if not lists.height:
+        raise GenattError(f"{path}: none of its items is in the vocabulary of {sequences.manifest.name}")
+    lost = table["user"].unique().filter(~table["user"].unique().is_in(lists["user"].implode()))
+    end = np.cumsum(lists["dense_id"].list.len().to_numpy().astype(np.int64))
+    notes = [_note(unknown, "items", "are not in the vocabulary"), _note(lost, "users", "have no known item")]
+    items = lists["dense_id"].explode().to_numpy()
+    return Requests(lists["user"], items, np.concatenate(([0], end[:-1])), end, [note for note in notes if note])
+
+
+def _cast(values: pl.Series, dtype: pl.DataType) -> pl.Series:
+    try:
+        return values.cast(dtype)
+    except pl.exceptions.PolarsError:
+        raise GenattError(f"column {values.name} holds {values.dtype}, the data set has {dtype}: ids must be of the same type") from None
+
+
+def _note(values: pl.Series, what: str, why: str) -> str | None:
+    if not values.len():
+        return None
+    shown = ", ".join(str(value) for value in values.head(_SHOWN).to_list())
+    return f"skipped {values.len()} {what} that {why}: {shown}{' …' if values.len() > _SHOWN else ''}"

@@ -1,0 +1,185 @@
+"""The one place that speaks to DeepSpeed: process group, engine, and its optimizer state by parameter name.
+
+DeepSpeed owns the dense module and nothing else. Loss shares are scaled by the world size outside, because DeepSpeed (as TorchRec)
+averages gradients over the ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from genatt_dist.config import TrainingConfig
+
+TIMEOUT = datetime.timedelta(minutes=10)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def select_device() -> torch.device:
+    """This rank's device: its GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the launcher)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # The shared-memory all-reduce is compiled for a minute on first use and gains nothing over gloo for a small dense model.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+
+
+class Engine:
+    """A DeepSpeed engine around the dense module."""
+
+    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+        import deepspeed
+
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=_optimizer(module, config),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": config.accumulation_steps,
+                # Written out although it is off: DeepSpeed 0.19 clips at 1.0 where it is absent.
+                "gradient_clipping": config.gradient_clipping,
+                "zero_optimization": {"stage": config.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "bf16": {"enabled": config.precision == "bf16"},
+                "steps_per_print": 1_000_000_000,
+            },
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the accumulation steps; our loss is already divided by the tokens of all of them.
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Update the dense parameters (at the last of `accumulation_steps` calls)."""
+        self._engine.step()
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole parameters on every rank inside (ZeRO-3 holds parts). Collective."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._engine.zero_optimization_stage() == 3):
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        """fp32 parameters, buffers and optimizer moments by name, whole, on the CPU. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        tensors = {f"buffer.{name}": value for name, value in self.module.named_buffers()}
+        for name, parameter in self.module.named_parameters():
+            if self._engine.zero_optimization_stage() == 0:
+                tensors[f"parameter.{name}"] = parameter.detach()
+                moments = self._base.state.get(parameter, {})
+            else:
+                tensors[f"parameter.{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if self._has_moments()}
+            tensors |= {f"{key}.{name}": moments[key].view(_full_shape(parameter)) for key in _MOMENTS if key in moments}
+        return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take what `state` gave, at any world size and ZeRO stage; `step` is the number of updates behind it. Collective."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        stage = self._engine.zero_optimization_stage()
+        with_moments = any(name.startswith(_MOMENTS[0]) for name in tensors)
+        if with_moments:
+            self._prime(step)
+        with torch.no_grad():
+            for name, value in self.module.named_buffers():
+                value.copy_(tensors[f"buffer.{name}"])
+            for name, parameter in self.module.named_parameters():
+                value = tensors[f"parameter.{name}"].to(self._engine.device)
+                moments = {key: tensors[f"{key}.{name}"].to(self._engine.device) for key in _MOMENTS if with_moments}
+                if stage == 0:
+                    parameter.copy_(value)
+                    for key, moment in moments.items():
+                        self._base.state[parameter][key].copy_(moment)
+                    continue
+                if stage < 3:
+                    parameter.copy_(value)
+                safe_set_full_fp32_param(parameter, value)
+                for key, moment in moments.items():
+                    safe_set_full_optimizer_state(parameter, moment, key)
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """The torch optimizer under ZeRO's wrapper."""
+        base: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return base
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The fp32 tensors that the torch optimizer updates: parameters, or this rank's flat parts of them."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(self._optimizer, name):
+                return list(getattr(self._optimizer, name))
+        return [parameter for group in self._base.param_groups for parameter in group["params"]]
+
+    def _has_moments(self) -> bool:
+        return any(_MOMENTS[0] in self._base.state.get(flat, {}) for flat in self._flat_parameters())
+
+    def _prime(self, step: int) -> None:
+        """Make the moments that torch's optimizer would make in its first step, so that they can be filled."""
+        for flat in self._flat_parameters():
+            self._base.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in _MOMENTS}
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Weight decay reaches matrices only: not tables, biases, norms or scalars."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    decayed = [p for name, p in module.named_parameters() if config.weight_decay and p.ndim > 1 and "items" not in name and "position" not in name]
+    chosen = {id(parameter) for parameter in decayed}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in chosen]
+    groups = [{"params": rest, "weight_decay": 0.0}] + ([{"params": decayed, "weight_decay": config.weight_decay}] if decayed else [])
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8, fused=True)
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape before ZeRO-3 took the parameter apart."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, without a gradient."""
+    value = value.detach().clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value

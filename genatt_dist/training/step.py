@@ -1,0 +1,175 @@
+"""One training step: TorchRec's rows, DeepSpeed's dense model and one loss joined so that neither sees the other's parameters.
+
+Order within a step, and why:
+1. candidates are drawn (keyed: the same on every rank), so that histories, targets and negatives are looked up in one call;
+2. a sharded table looks them up outside DeepSpeed; a replicated one inside the dense module, which owns it;
+3. the loss is Σ over the global batch's targets / their number; each rank adds its share, times the world size because both
+   DeepSpeed and TorchRec average over ranks;
+4. one backward: the fused table optimizer updates rows in it (so its rate is set before), DeepSpeed reduces dense gradients;
+5. the dense optimizer steps.
+
+Legend: B sequences, N positions, M window items, D width, K samples of the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from genatt_dist.attention.noise import NoiseKey, derive
+from genatt_dist.config import RunConfig, VariationalAttention
+from genatt_dist.data.batches import Batch
+from genatt_dist.embedding.table import ReplicatedTable
+from genatt_dist.loss.full import full_loss, full_nll
+from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll
+from genatt_dist.model.backbone import Backbone
+from genatt_dist.model.context import Context
+from genatt_dist.model.jagged import Jagged
+
+
+class Losses(NamedTuple):
+    """This rank's shares of the global batch's losses (they add up over ranks): scalars with gradient."""
+
+    recommendation: Tensor
+    generative: Tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What turns sums into shares of one update: all its real tokens and targets, over ranks and accumulated batches."""
+
+    num_tokens: int
+    num_targets: int
+
+
+class DenseModel(nn.Module):
+    """Everything DeepSpeed owns: the backbone, the loss, and the item rows when they are replicated."""
+
+    def __init__(self, config: RunConfig, num_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.model, config.data.max_len)
+        self.items = (
+            ReplicatedTable(num_items, config.model.hidden_size, config.table.init_std, config.training.seed)
+            if config.table.kind == "replicated"
+            else None
+        )
+
+    def forward(
+        self, batch: Batch, candidates: Candidates, noise: NoiseKey, rows: Tensor | None, scale: Scale, total: Callable[[Tensor], Tensor]
+    ) -> Losses:
+        """Shares of both losses. rows: those of `candidates.ids` from a sharded table, or None to use the replicated one."""
+        if rows is None:
+            assert self.items is not None
+            rows = self.items(candidates.ids)
+        rows = rows.to(next(self.backbone.parameters()).dtype)
+        samples = self.train_samples
+        inputs_ND = rows[batch.input_index_N]
+        context = Context(
+            layout=_repeated(batch.layout, samples),
+            noise=noise,
+            num_tokens=torch.tensor(float(samples * batch.num_tokens), device=rows.device),
+            total=total,
+        )
+        output = self.backbone(inputs_ND.repeat(samples, 1) if samples > 1 else inputs_ND, context)
+        nll = self._nll_sum(output.states_ND.chunk(samples), rows, batch, candidates)
+        return Losses(nll / scale.num_targets, output.generative_loss * (batch.num_tokens / scale.num_tokens))
+
+    @property
+    def train_samples(self) -> int:
+        """K of the bound −log 1/K Σ_k p(y | z_k); 1 but for V-GenAtt that asks for more."""
+        attention = self.config.model.attention
+        return attention.train_samples if isinstance(attention, VariationalAttention) else 1
+
+    def _nll_sum(self, states_K: tuple[Tensor, ...], rows: Tensor, batch: Batch, candidates: Candidates) -> Tensor:
+        """Σ over trained targets of the negative log-likelihood, or of its K-sample bound."""
+        if self.config.loss.kind != "full":
+            nll_KN = torch.stack([candidate_nll(states_ND, rows, batch, candidates) for states_ND in states_K])
+            nll_KN = nll_KN if batch.chosen is None else nll_KN[:, batch.chosen]
+            return -_log_mean_exp(-nll_KN).sum()
+        assert self.items is not None
+        weight_VD, chunk, targets_N = self.items.weight[1:], self.config.loss.chunk_tokens, batch.targets_N - 1
+        if batch.chosen is not None:
+            states_K, targets_N = tuple(states_ND[batch.chosen] for states_ND in states_K), targets_N[batch.chosen]
+        ones_N = torch.ones(len(targets_N), device=targets_N.device)
+        if len(states_K) == 1:
+            return full_loss(states_K[0], weight_VD, targets_N, ones_N, chunk)
+        # d/dθ of −log mean_k exp(−nll_k) is Σ_k softmax(−nll)_k · d nll_k/dθ: fixed weights turn it into the linear loss that
+        # `full_loss` differentiates, and its value is put right afterwards.
+        nll_KN = torch.stack([full_nll(states_ND, weight_VD, targets_N, chunk) for states_ND in states_K])
+        share_KN = torch.softmax(-nll_KN, 0)
+        linear = full_loss(torch.cat(states_K), weight_VD, targets_N.repeat(len(states_K)), share_KN.flatten(), chunk)
+        return linear + (-_log_mean_exp(-nll_KN).sum() - linear.detach())
+
+
+class DenseEngine(Protocol):
+    """What owns the dense model: DeepSpeed's adapter, or in a reference the module with a plain optimizer."""
+
+    def __call__(self, *args: Any) -> Losses: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None:
+        """Called after every backward; updates at the last of the accumulated ones."""
+
+
+class JointStep:
+    """Runs one update on this rank's parts of the accumulated global batches."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: DenseEngine,
+        candidature: Candidature,
+        lookup: Callable[[Tensor], Tensor] | None,
+        world_size: int,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        """lookup: a sharded table's, or None where the dense model holds the rows. total: sums a tensor over ranks."""
+        self._config, self._engine = config, engine
+        self._candidature, self._lookup, self._world_size, self._total = candidature, lookup, world_size, total
+
+    def __call__(self, batches: list[Batch], step: int, gamma: float) -> Losses:
+        """Forward, backward and update; returns the update's loss shares, detached. gamma: weight of the generative loss."""
+        scale = Scale(sum(batch.num_tokens for batch in batches), sum(batch.num_targets for batch in batches))
+        shares = []
+        for index, batch in enumerate(batches):
+            losses = self._one(batch, step * len(batches) + index, gamma, scale)
+            shares.append(torch.stack((losses.recommendation.detach(), losses.generative.detach())))
+        return Losses(*torch.stack(shares).sum(0))
+
+    def _one(self, batch: Batch, draw: int, gamma: float, scale: Scale) -> Losses:
+        seed = self._config.training.seed
+        noise = training_noise(batch, seed, draw, self._config)
+        candidates = self._candidature.draw(batch, noise, seed, draw)
+        rows = self._lookup(candidates.ids) if self._lookup else None
+        losses = self._engine(batch, candidates, noise, rows, scale, self._total)
+        self._engine.backward((losses.recommendation + gamma * losses.generative) * self._world_size)
+        self._engine.step()
+        return losses
+
+
+def training_noise(batch: Batch, seed: int, draw: int, config: RunConfig) -> NoiseKey:
+    """The batch's noise, once for each of K samples of the map."""
+    attention = config.model.attention
+    samples = attention.train_samples if isinstance(attention, VariationalAttention) else 1
+    layout = batch.layout
+    keys = [
+        NoiseKey.make(int(derive(seed, sample)), draw, batch.window_B, layout.row_N, layout.position_N) for sample in range(samples)
+    ]
+    return NoiseKey(torch.cat([key.token_N for key in keys]), torch.cat([key.sequence_B for key in keys]))
+
+
+def _repeated(layout: Jagged, times: int) -> Jagged:
+    if times == 1:
+        return layout
+    rows = [layout.row_N + index * layout.size for index in range(times)]
+    return Jagged(layout.lengths_B.repeat(times), layout.width, torch.cat(rows), layout.position_N.repeat(times))
+
+
+def _log_mean_exp(x_KN: Tensor) -> Tensor:
+    return x_KN.logsumexp(0) - torch.log(torch.tensor(float(len(x_KN)), device=x_KN.device))

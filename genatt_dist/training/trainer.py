@@ -1,0 +1,268 @@
+"""One training run on one rank, from its run directory to its best checkpoint. Every launcher calls `train`.
+
+The loop: global batches → joint step → (each epoch) full-ranking validation → checkpoint → stop early or go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import GenattError
+from genatt_dist import config as configuration
+from genatt_dist.config import DotProductAttention, RunConfig
+from genatt_dist.data.batches import Batch, TrainingBatches
+from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.table import ItemTable
+from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
+from genatt_dist.loss.objective import Candidature
+from genatt_dist.training import checkpoint
+from genatt_dist.training.engine import Engine, init_process_group, select_device, sum_over_ranks
+from genatt_dist.training.schedule import gamma_factor, rate_factor
+from genatt_dist.training.step import DenseModel, JointStep, Losses
+from genatt_dist.training.telemetry import Telemetry, write_environment
+
+SELECTION = "ndcg@10"
+_LOG_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run reports: the best validation metrics and how the training went."""
+
+    valid: dict[str, float]
+    train: dict[str, float | int | str]
+
+
+def train(run: Path, launcher: str, resume: bool = False) -> Summary:
+    """Train the run whose directory holds `config.yaml`; the process group's variables are in the environment.
+
+    Raises GenattError with one line for the user; writes `summary.json` when done.
+    """
+    config = configuration.load(run / "config.yaml")
+    device = select_device()
+    init_process_group(device)
+    try:
+        return _Trainer(run, config, device, launcher, resume).run()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Trainer:
+    def __init__(self, run: Path, config: RunConfig, device: torch.device, launcher: str, resume: bool) -> None:
+        self._run, self._config, self._device, self._launcher = run, config, device, launcher
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._sequences = Sequences.read(config.data.path)
+        self._batches = TrainingBatches.plan(self._sequences, config.data, config.training)
+        self._updates_per_epoch = len(self._batches.epoch(0)) // config.training.accumulation_steps
+        self._total_steps = config.training.epochs * self._updates_per_epoch
+
+        torch.manual_seed(config.training.seed)  # fresh dense weights; all later draws are keyed
+        self._engine = Engine(DenseModel(config, self._sequences.num_items), config.training)
+        self._dense = cast(DenseModel, self._engine.module)
+        self._sharded = None
+        if config.table.kind == "sharded":
+            from genatt_dist.embedding.sharded import ShardedTable
+
+            self._sharded = ShardedTable(
+                self._sequences.num_items,
+                config.model.hidden_size,
+                config.table,
+                config.table_learning_rate,
+                config.training.seed,
+                device,
+            )
+        self._step = JointStep(
+            config,
+            self._engine,
+            Candidature(config.loss, self._sequences.num_items, torch.from_numpy(self._sequences.popularity[1:]), device),
+            self._sharded.lookup if self._sharded else None,
+            self._world_size,
+            sum_over_ranks,
+        )
+        self._progress = checkpoint.Progress(self._sequences.manifest_hash)
+        if resume:
+            self._load(checkpoint.newest(run))
+
+    @property
+    def _table(self) -> ItemTable:
+        table = self._sharded or self._dense.items
+        assert table is not None
+        return table
+
+    def run(self) -> Summary:
+        """All epochs that are left."""
+        title = self._config.model.attention.type
+        with Telemetry(self._run, title, self._total_steps, active=self._rank == 0) as self._telemetry:
+            if self._rank == 0:
+                write_environment(self._run, self._device)
+            started = time.perf_counter() - self._progress.seconds
+            while self._progress.epoch < self._config.training.epochs and not self._finished():
+                self._train_epoch()
+                self._progress.epoch, self._progress.batch = self._progress.epoch + 1, 0
+                self._progress.seconds = time.perf_counter() - started
+                last = self._progress.epoch == self._config.training.epochs or self._finished()
+                if last or self._progress.epoch % self._config.training.evaluate_every == 0:
+                    self._validate()
+                    self._save()
+        return self._summarise()
+
+    def _finished(self) -> bool:
+        """Whether patience or time has run out; rank 0's clock decides for all."""
+        limit = self._config.training.max_seconds
+        late = torch.tensor(float(limit is not None and self._progress.seconds >= limit), device=self._device)
+        dist.broadcast(late, 0)
+        return self._progress.stale >= self._config.training.patience or bool(late)
+
+    def _train_epoch(self) -> None:
+        training, progress = self._config.training, self._progress
+        self._engine.train(True)
+        part: list[Batch] = []
+        shares: list[Losses] = []
+        started = logged = time.perf_counter()
+        sequences = 0
+        rate = 0.0
+        for batch in self._batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device):
+            part.append(batch)
+            if len(part) < training.accumulation_steps:
+                continue
+            rate = rate_factor(training, progress.step, self._total_steps)
+            shares.append(self._update(part, rate))
+            progress.step += 1
+            progress.batch += len(part)
+            sequences += sum(one.num_sequences for one in part)
+            part = []
+            # Every rank logs at the same steps: the losses are summed over ranks.
+            if len(shares) == _LOG_STEPS:
+                self._log(shares, rate, sequences / (time.perf_counter() - logged))
+                progress.sequences += sequences
+                shares, sequences, logged = [], 0, time.perf_counter()
+            self._telemetry.advance(progress.step)
+        if shares:
+            self._log(shares, rate, sequences / (time.perf_counter() - logged))
+            progress.sequences += sequences
+        progress.step_seconds += time.perf_counter() - started
+
+    def _update(self, batches: list[Batch], rate: float) -> Losses:
+        """One update of table and dense parameters at `rate` of their peak learning rates."""
+        attention, step = self._config.model.attention, self._progress.step
+        gamma = 0.0
+        if not isinstance(attention, DotProductAttention):
+            gamma = attention.gamma * gamma_factor(attention.gamma_warmup, step, self._total_steps)
+        if self._sharded:
+            self._sharded.set_learning_rate(self._config.table_learning_rate * rate)
+        self._engine.set_learning_rate(self._config.training.learning_rate * rate)
+        return self._step(batches, step, gamma)
+
+    def _log(self, shares: list[Losses], rate: float, sequences_per_second: float) -> None:
+        recommendation, generative = sum_over_ranks(torch.stack([torch.stack(losses) for losses in shares]).mean(0)).tolist()
+        progress = self._progress
+        if not math.isfinite(recommendation + generative):
+            raise GenattError(
+                f"loss is {recommendation} (generative {generative}) at step {progress.step}, epoch {progress.epoch}: "
+                f"lower training.learning_rate, or set training.gradient_clipping"
+            )
+        self._telemetry.record(
+            "train",
+            progress.step,
+            {
+                "epoch": progress.epoch,
+                "loss": recommendation,
+                "generative_loss": generative,
+                "learning_rate": self._config.training.learning_rate * rate,
+                "sequences_per_second": round(sequences_per_second, 1),
+            },
+        )
+        self._telemetry.advance(
+            progress.step, f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s"
+        )
+
+    def _validate(self) -> None:
+        self._engine.train(False)
+        with self._engine.gathered():
+            result: Result = evaluate(
+                self._dense.backbone,
+                self._table,
+                self._sequences,
+                "valid",
+                self._config,
+                self._device,
+                Parts(self._rank, self._world_size, sum_over_ranks),
+                diagnose=True,
+            )
+        progress, metric = self._progress, result.metrics[SELECTION]
+        improved = metric > progress.best_metric
+        if improved:
+            progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, result.metrics
+        progress.stale = 0 if improved else progress.stale + 1
+        self._telemetry.record("valid", progress.step, {"epoch": progress.epoch, **result.metrics})
+        self._telemetry.say(
+            f"{self._config.model.attention.type}: epoch {progress.epoch}/{self._config.training.epochs}  "
+            f"valid {SELECTION} {metric:.4f}  recall@10 {result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
+            f"[{progress.seconds:.0f} s, {progress.sequences / progress.step_seconds:,.0f} sequences/s]"
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint: every rank its rows, rank 0 the rest. Collective."""
+        final = checkpoint.folder(self._run, self._progress.step)
+        path = final.with_suffix(".tmp")
+        if self._rank == 0:
+            checkpoint.prepare(final)
+        dist.barrier()
+        if self._sharded and len(self._sharded.rows_VD):
+            part = checkpoint.TablePart(self._sharded.first_row, self._sharded.rows_VD, self._sharded.optimizer_state)
+            checkpoint.write_table(path, self._rank, part)
+        dense = self._engine.state()
+        dist.barrier()
+        if self._rank == 0:
+            checkpoint.write_dense(path, dense, self._progress)
+            checkpoint.publish(final, keep={checkpoint.folder(self._run, self._progress.best_step)})
+        dist.barrier()
+
+    def _load(self, path: Path) -> None:
+        if self._rank == 0:
+            checkpoint.verify(path)
+        dist.barrier()
+        progress = checkpoint.read_progress(path)
+        if progress.manifest_hash != self._progress.manifest_hash:
+            raise GenattError(
+                f"checkpoint {path} was trained on data with manifest {progress.manifest_hash[:12]}…, {self._config.data.path} has "
+                f"{self._progress.manifest_hash[:12]}…: resume with the data it began with"
+            )
+        self._engine.load_state(checkpoint.read_dense(path), progress.step)
+        if self._sharded and len(self._sharded.rows_VD):
+            part = checkpoint.read_table(path, self._sharded.first_row, len(self._sharded.rows_VD))
+            if part is None:
+                raise GenattError(f"checkpoint {path} has no sharded table, but table.kind=sharded")
+            self._sharded.rows_VD.copy_(part.rows)
+            for name, state in self._sharded.optimizer_state.items():
+                state.copy_(part.optimizer[name])
+        self._progress = progress
+
+    def _summarise(self) -> Summary:
+        progress, config = self._progress, self._config
+        summary = Summary(
+            valid=progress.best_metrics,
+            train={
+                "seconds": round(progress.seconds, 1),
+                "epochs": progress.epoch,
+                "sequences_per_second": round(progress.sequences / max(progress.step_seconds, 1e-9), 1),
+                "world_size": self._world_size,
+                "launcher": self._launcher,
+                "table": config.table.kind,
+                "zero_stage": config.training.zero_stage,
+            },
+        )
+        if self._rank == 0:
+            temporary = self._run / f".summary.{os.getpid()}"
+            temporary.write_text(json.dumps({"valid": summary.valid, "train": summary.train}, indent=2))
+            temporary.rename(self._run / "summary.json")
+        return summary

@@ -1,0 +1,206 @@
+"""The report: one page that needs no network, holds every number, and survives runs that wrote little."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from genatt_dist.evaluation.report import metrics_table, print_table, write_report
+
+METRICS = [f"{name}@{k}" for name in ("recall", "ndcg", "coverage") for k in (5, 10, 20)] + ["mrr"]
+SCORES = {"popularity": 0.02, "dot_product": 0.05, "variational": 0.055, "diffusion": 0.06}
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its visible text and its scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [f"{tag}: {values[name]}" for name in ("src", "href", "srcset", "data") if values.get(name)]
+        self.ids += [values["id"]] if values.get("id") else []
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        in_code = self.open and self.open[-1] in ("script", "style")
+        (self.scripts if in_code else self.text).append(data)
+
+    @property
+    def plots(self) -> list:
+        data = next(text for text in self.scripts if text.startswith("const PLOTS = "))
+        return json.JSONDecoder().raw_decode(data.removeprefix("const PLOTS = "))[0]
+
+
+def make_entry(name: str) -> dict:
+    scores = {metric: SCORES[name] * (1 + 0.1 * index) for index, metric in enumerate(METRICS)}
+    entry: dict = {"name": name, "seed": 0, "valid": {"ndcg@10": SCORES[name] * 1.1}, "test": scores}
+    if name != "popularity":
+        entry["train"] = {
+            "seconds": 61.5, "epochs": 12, "sequences_per_second": 1162.0, "world_size": 2,
+            "launcher": "torchrun", "table": "sharded", "zero_stage": 2,
+        }  # fmt: skip
+    return entry
+
+
+def make_report(*names: str) -> dict:
+    return {
+        "dataset": {"name": "ml-100k", "users": 943, "items": 1349, "interactions": 99287},
+        "protocol": {"split": "leave-one-out", "ranking": "full", "max_len": 50},
+        "models": [make_entry(name) for name in names],
+    }
+
+
+def make_run(path: Path, name: str, epochs: int = 12, steps: int = 100) -> Path:
+    """A run directory as the trainer leaves it, with a line half written when it was killed."""
+    path.mkdir(parents=True)
+    lines = []
+    for epoch in range(1, epochs + 1):
+        for step in range((epoch - 1) * steps, epoch * steps, 2):
+            wave = 0.15 * math.sin(step * 1.7)
+            generative = 0.0 if name == "dot_product" else 1.2 * math.exp(-step / 300) + 0.3 + wave / 5
+            line = {
+                "kind": "train",
+                "epoch": epoch,
+                "step": step,
+                "loss": 4.3 - 5 * SCORES[name] + 3 * math.exp(-step / 400) + wave,
+            }
+            lines.append({**line, "generative_loss": generative, "learning_rate": 1e-3, "sequences_per_second": 1162.0})
+        learnt = 1.1 * SCORES[name] * (1 - math.exp(-epoch / 4))
+        line = {"kind": "valid", "epoch": epoch, "step": epoch * steps, "recall@10": 2 * learnt, "ndcg@10": learnt}
+        for block in range(2):
+            line[f"attention_entropy/block{block}"] = 0.95 - 0.03 * epoch * (1 + 0.3 * block) * SCORES[name] / 0.05
+            if name != "dot_product":
+                line[f"total_variation/block{block}"] = 0.2 - 0.005 * epoch + 0.02 * block
+                line[f"kl_mean/block{block}"] = 0.05 + 0.4 / epoch + 0.1 * block
+        lines.append(line)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "epo')
+    environment = {"python": "3.11.7", "packages": {"torch": "2.13.0", "ray": "2.60.0"}, "gpus": [], "threads": 2}
+    (path / "environment.json").write_text(json.dumps(environment | {"run": name}))
+    return path
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Page:
+    runs = {name: make_run(tmp_path / name, name) for name in SCORES if name != "popularity"}
+    write_report(make_report(*SCORES), runs, tmp_path / "out")
+    return Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_page_loads_nothing(complete: Page) -> None:
+    assert complete.loads == []
+    assert not any("@import" in text or re.search(r"url\(\s*['\"]?https?:", text) for text in complete.scripts[:1])
+
+
+def test_json_file_is_the_report(tmp_path: Path) -> None:
+    report = make_report(*SCORES)
+    write_report(report, {}, tmp_path / "new" / "out")
+    assert json.loads((tmp_path / "new" / "out" / "report.json").read_text()) == report
+
+
+def test_page_shows_every_metric_of_every_model(complete: Page) -> None:
+    text = " ".join(complete.text)
+    for name in SCORES:
+        for value in make_entry(name)["test"].values():
+            assert f"{value:.4f}" in text
+    for part in ("ml-100k", "943 users", "99,287", "leave-one-out", "3.00×", "torchrun", "packages.torch", "2.13.0"):
+        assert part in text
+
+
+def test_every_plot_has_a_place_and_a_reading(complete: Page) -> None:
+    titles = [
+        text for text in complete.text if text.startswith(("Training loss", "Generative", "Validation", "Attention"))
+    ]
+    assert len(titles) == 4
+    assert complete.ids == [f"plot{index}" for index in range(len(complete.plots))]
+    for traces, layout in complete.plots:
+        assert traces
+        assert {"xaxis", "yaxis"} <= layout.keys()
+
+
+def test_popularity_is_a_dashed_level_among_validation_curves(complete: Page) -> None:
+    curves = next(traces for traces, layout in complete.plots if layout["yaxis"]["title"]["text"] == "NDCG@10")
+    level = next(trace for trace in curves if trace["name"] == "popularity")
+    assert level["line"]["dash"] == "dash"
+    assert level["y"] == pytest.approx([0.022, 0.022])
+    assert level["x"] == [1, 12]
+
+
+def test_generative_loss_is_drawn_only_where_there_is_one(complete: Page) -> None:
+    traces = next(t for t, layout in complete.plots if layout["yaxis"]["title"]["text"] == "generative loss")
+    assert [trace["name"] for trace in traces] == ["variational", "diffusion"]
+
+
+def test_long_logs_are_thinned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "diffusion", epochs=2, steps=5000)
+    write_report(make_report("diffusion"), {"diffusion": run}, tmp_path)
+    traces, _ = Page((tmp_path / "report.html").read_text()).plots[0]
+    assert 200 < len(traces[0]["x"]) <= 400
+
+
+@pytest.mark.parametrize("names", [(), ("popularity",), ("popularity", "diffusion")])
+def test_reports_without_runs_are_pages_too(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "empty").mkdir()
+    write_report(make_report(*names), {"diffusion": tmp_path / "empty"}, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert "943 users" in text
+    assert "Training loss" not in text
+
+
+def test_missing_and_nan_metrics_are_dashes(tmp_path: Path) -> None:
+    report = make_report("popularity", "diffusion")
+    report["models"][0]["test"]["mrr"] = math.nan
+    del report["models"][1]["test"]["ndcg@10"]
+    write_report(report, {}, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.text.count("–") == 3  # the two, and the ratio
+    assert "NaN" not in page.scripts[-1]
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    report = make_report("popularity", "diffusion")
+    report["dataset"]["name"] = report["models"][1]["name"] = "</script><script>alert(1)</script>"
+    write_report(report, {}, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in html
+    assert "<script>alert(1)</script>" in " ".join(Page(html).text)
+
+
+def test_models_at_several_seeds_are_told_apart(tmp_path: Path) -> None:
+    report = make_report("popularity", "diffusion", "diffusion")
+    report["models"][2]["seed"] = 1
+    write_report(report, {}, tmp_path)
+    assert "diffusion (seed 1)" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_best_of_a_column_is_marked() -> None:
+    from genatt_dist.evaluation.report import _models
+
+    header, rows = metrics_table(_models(make_report(*SCORES), {}))
+    assert header[:2] == ["model", "Recall@5"]
+    assert header[-1] == "× popularity"
+    for row in rows:
+        assert all(best == (row[0][0] == "diffusion") for _, best in row[1:])
+
+
+def test_console_table_holds_the_numbers() -> None:
+    console = Console(record=True, width=80)
+    print_table(make_report(*SCORES), console)
+    text = console.export_text()
+    assert "3.00×" in text
+    assert "dot product" in text
