@@ -10,7 +10,11 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def hash64(ids: pa.Array, key: int = 0) -> Hashes:
     """64-bit hashes of int64 or string `ids` (no nulls), shape (len(ids),); different for each `key`."""
-    words = ids.to_numpy().view(np.uint64) if pa.types.is_int64(ids.type) else _fold(ids.cast(pa.large_binary()))
+    if pa.types.is_int64(ids.type):
+        words = ids.to_numpy().view(np.uint64)
+    else:  # a log repeats its ids many times: each is hashed once
+        encoded = ids.dictionary_encode()
+        words = _fold(encoded.dictionary.cast(pa.large_binary()))[encoded.indices.to_numpy()]
     with np.errstate(over="ignore"):
         return _mix(words + _mix(np.array([key], np.uint64) + GOLDEN))
 

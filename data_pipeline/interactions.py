@@ -10,10 +10,9 @@ Dropped = dict[str, int]  # rows dropped, by reason
 
 def partition(rows: pl.DataFrame, num_shards: int) -> pl.DataFrame:
     """`rows` with the column `shard` int32 of their user, sorted by it so that a shard is one slice."""
-    users = rows["user_id"].unique()
-    hashes = hash64(users.to_arrow(compat_level=pl.CompatLevel.oldest()))
-    shards = pl.DataFrame({"user_id": users, "shard": (hashes % num_shards).astype("int32")})
-    return rows.join(shards, on="user_id").sort("shard")
+    hashes = hash64(rows["user_id"].to_arrow(compat_level=pl.CompatLevel.oldest()))
+    shard = pl.Series("shard", (hashes % num_shards).astype("int32"))
+    return rows.with_columns(shard).sort("shard")
 
 
 def shard_slice(block: pl.DataFrame, shard: int) -> pl.DataFrame:

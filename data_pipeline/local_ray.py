@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import ray
 import ray.data
@@ -20,6 +19,12 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+RAY_POSTSCRIPT = "\nFailed to apply UDF transform"  # Ray Data appends advice to the message of every exception
+CONTEXT = {
+    "enable_progress_bars": False,
+    "raise_original_map_exception": True,  # Ray Data's own wrapper loses what it wraps on the way here
+    "target_max_block_size": None,  # a shard stays one block, however large
+}
 
 
 @contextmanager
@@ -31,19 +36,20 @@ def local_ray(num_cpus: int | None) -> Iterator[None]:
     GenattError
         Ray cannot start.
     """
-    context = deepcopy(DataContext.get_current())
-    context.enable_progress_bars = False
-    context.target_max_block_size = None  # a shard stays one block, however large
-    logger = logging.getLogger("ray.data")
+    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
+    before = {name: getattr(context, name) for name in CONTEXT}
     level = logger.level
     ours = not ray.is_initialized()
     try:
         if ours:
             _start(num_cpus)
+        for name, value in CONTEXT.items():
+            setattr(context, name, value)
         logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
-        with DataContext.current(context):
-            yield
+        yield
     finally:
+        for name, value in before.items():
+            setattr(context, name, value)
         logger.setLevel(level)
         if ours:
             ray.shutdown()
@@ -82,10 +88,12 @@ def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int]]
             for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
                 yield ref, metadata.num_rows or 0
     except Exception as error:
-        plain = _plain(error)
-        if plain is None:
-            raise GenattError(f"stage {stage} failed in Ray: {one_line(error)}") from error
-        raise plain from None
+        root = _root(error)
+        said = " ".join(str(root).partition(RAY_POSTSCRIPT)[0].split())
+        if type(root) is GenattError:
+            raise GenattError(said) from None
+        said = f"{type(root).__name__}: {said[:500]}"
+        raise GenattError(f"stage {stage} failed in Ray: {said}: see Ray's own logs, then try again") from error
 
 
 def numbered(column: str, count: int) -> Dataset:
@@ -93,13 +101,8 @@ def numbered(column: str, count: int) -> Dataset:
     return ray.data.from_items([{column: number} for number in range(count)], override_num_blocks=count)
 
 
-def _plain(error: BaseException) -> GenattError | None:
-    """The `GenattError` inside Ray's wrappers, one of which is itself a subclass of it: so the exact type counts."""
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        if type(link) is GenattError:
-            return link
-        seen.add(id(link))
-        link = getattr(link, "cause", None) or link.__cause__ or link.__context__
-    return None
+def _root(error: BaseException) -> BaseException:
+    """What a task raised, out of Ray's wrappers. One of these is itself a subclass of it, so the exact type counts."""
+    while type(error) is not GenattError and isinstance(inner := getattr(error, "cause", None), BaseException):
+        error = inner
+    return error

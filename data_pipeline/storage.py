@@ -67,6 +67,9 @@ def publishing(out: str) -> Iterator[str]:
         if local:
             discard()  # what a killed process with this process's id may have left
             os.makedirs(staging)
+        else:  # a missing bucket or right shows now, not after the work
+            fs.pipe_file(f"{path}/.writable", b"")
+            fs.rm_file(f"{path}/.writable")
     try:
         yield staging
         if local:

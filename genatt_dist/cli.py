@@ -27,15 +27,22 @@ def _examples(*lines: str) -> str:
 
 
 @app.command(
-    epilog=_examples("genatt prepare ml-100k --out shards/ml-100k", "genatt prepare 's3://bucket/log/*.parquet' --user-column uid --out shards/mine")
+    epilog=_examples(
+        "genatt prepare ml-100k --out shards/ml-100k",
+        "genatt prepare 's3://bucket/log/*.parquet' --user-column uid --out shards/mine",
+    )
 )
 def prepare(
-    source: Annotated[str, typer.Argument(help="ml-100k, synthetic[:users=N,…], or a file, directory or glob (any fsspec path).")],
+    source: Annotated[
+        str, typer.Argument(help="ml-100k, synthetic[:users=N,…], or a file, directory or glob (any fsspec path).")
+    ],
     out: Annotated[str, typer.Option(help="Directory to create.")],
     items: Annotated[Optional[str], typer.Option(help="File of item attributes, joined on the item column.")] = None,
     user_column: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
-    time_column: Annotated[str, typer.Option(help="Column of times; empty: the row order is the sequence.")] = "timestamp",
+    time_column: Annotated[
+        str, typer.Option(help="Column of times; empty: the row order is the sequence.")
+    ] = "timestamp",
     format: Annotated[str, typer.Option(help="auto, parquet or csv.")] = "auto",
     separator: Annotated[Optional[str], typer.Option(help="CSV; default: tab for .tsv, else comma.")] = None,
     duplicates: Annotated[str, typer.Option(help="Rows to drop: none, exact or consecutive.")] = "none",
@@ -61,7 +68,9 @@ def prepare(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise GenattError(f"{where or 'options'}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise GenattError(
+            f"{where or 'options'}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
     run(config)
 
 
@@ -74,9 +83,15 @@ def prepare(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     run: Annotated[Path, typer.Option(help="Run directory to create.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")] = None,
-    launcher: Annotated[Optional[str], typer.Option(help="process, torchrun or deepspeed; default by world_size.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --run.")] = False,
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")
+    ] = None,
+    launcher: Annotated[
+        Optional[str], typer.Option(help="process, torchrun or deepspeed; default by world_size.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --run.")
+    ] = False,
 ) -> None:
     """Train one model into a run directory."""
     from genatt_dist import config as configuration
@@ -92,7 +107,9 @@ def train(
     )
 
 
-@app.command(epilog=_examples("genatt evaluate runs/beauty --split test", "genatt evaluate runs/beauty --split valid --json"))
+@app.command(
+    epilog=_examples("genatt evaluate runs/beauty --split test", "genatt evaluate runs/beauty --split valid --json")
+)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     split: Annotated[str, typer.Option(help="valid or test.")] = "test",
@@ -127,7 +144,9 @@ def evaluate(
 )
 def recommend(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    users: Annotated[Path, typer.Option(help="Parquet or CSV: a user column (known users), or user and item columns (histories).")],
+    users: Annotated[
+        Path, typer.Option(help="Parquet or CSV: a user column (known users), or user and item columns (histories).")
+    ],
     out: Annotated[Path, typer.Option(help="Parquet file to write: user_id, rank, item_id, score.")],
     k: Annotated[int, typer.Option(help="Items a user gets.")] = 10,
 ) -> None:
@@ -145,15 +164,21 @@ def recommend(
     with _progress("users", len(requests.user_ids)) as advance:
         table = serving.recommend(trained, requests, k, advance)
     serving.write(table, out)
-    Console().print(f"{out}: {table.height:,} rows for {len(requests.user_ids):,} users", highlight=False, soft_wrap=True)
+    Console().print(
+        f"{out}: {table.height:,} rows for {len(requests.user_ids):,} users", highlight=False, soft_wrap=True
+    )
 
 
 @app.command(epilog=_examples("genatt quickstart", "genatt quickstart --data my_log.parquet --out runs/mine"))
 def quickstart(
     data: Annotated[str, typer.Option(help="Your own log instead of ml-100k (anything `prepare` takes).")] = "ml-100k",
-    out: Annotated[Path, typer.Option(help="Directory of shards, runs and report; an earlier quickstart there is replaced.")] = Path("runs/quickstart"),
+    out: Annotated[
+        Path, typer.Option(help="Directory of shards, runs and report; an earlier quickstart there is replaced.")
+    ] = Path("runs/quickstart"),
     launcher: Annotated[str, typer.Option(help="torchrun or deepspeed.")] = "deepspeed",
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")] = None,
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")
+    ] = None,
 ) -> None:
     """Raw log → shards → three models on two ranks → evaluation → report."""
     from genatt_dist.quickstart import quickstart as run
@@ -202,7 +227,12 @@ def _progress(unit: str, total: int | None = None) -> Any:
     @contextmanager
     def bar() -> Any:
         console = _stderr()
-        columns = (BarColumn(), TextColumn("{task.completed:,.0f} " + unit), TextColumn("{task.speed:,.0f}/s"), TimeElapsedColumn())
+        columns = (
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} " + unit),
+            TextColumn("{task.speed:,.0f}/s"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
             task = shown.add_task("", total=total)
             yield lambda amount: shown.update(task, advance=amount)

@@ -34,7 +34,9 @@ class DataConfig(Section):
     windows: Literal["last", "all"] = Field(
         "last", description="Train on the last max_len+1 items of a user, or on all windows of that length."
     )
-    targets: Literal["all", "last"] = Field("all", description="Predict every next item of a window, or only its last one.")
+    targets: Literal["all", "last"] = Field(
+        "all", description="Predict every next item of a window, or only its last one."
+    )
 
 
 class DotProductAttention(Section):
@@ -51,7 +53,9 @@ class _Generated(Section):
     latent_size: int = Field(32, ge=1, description="d_z")
     generator_size: int = Field(128, ge=1, description="d_h: width of decoder and denoiser.")
     decoder: Literal["mlp", "linear"] = "mlp"
-    decoder_input: Literal["states", "states_items", "latent"] = Field("states", description="c_i = S_i, [S_i; X_i] or nothing.")
+    decoder_input: Literal["states", "states_items", "latent"] = Field(
+        "states", description="c_i = S_i, [S_i; X_i] or nothing."
+    )
     condition: Literal["prefix", "last"] = Field("prefix", description="Row i sees S_i, or every row the last state.")
     relative_bias: bool = Field(True, description="Learned bias b_{i-j} on factor-form logits.")
     query_projection: bool = Field(False, description="Add x W_Q to the generated query (factor form).")
@@ -78,10 +82,14 @@ class DiffusionAttention(_Generated):
     schedule: Literal["linear", "cosine"] = "linear"
     train_sampler: Literal["one_step", "unrolled"] = "one_step"
     rec_mix: float = Field(0.5, ge=0, le=1, description="rho: share of sequences ranked through the denoised map.")
-    latent_weight: float = Field(0.5, ge=0, description="gamma_z: weight of the latent's KL inside the generative loss.")
+    latent_weight: float = Field(
+        0.5, ge=0, description="gamma_z: weight of the latent's KL inside the generative loss."
+    )
     sampling_steps: int = Field(4, ge=1, description="S: DDIM steps at inference.")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM noise: 0 deterministic given R_T, 1 ancestral.")
-    sample_blocks: Literal["all", "last"] = Field("all", description="Blocks that sample at inference; the others use the mean map.")
+    sample_blocks: Literal["all", "last"] = Field(
+        "all", description="Blocks that sample at inference; the others use the mean map."
+    )
     literal: bool = Field(False, description="Diffuse g_0 itself: m = 0, sigma = 1.")
 
     @model_validator(mode="after")
@@ -110,7 +118,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads share the width equally")
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads share the width equally"
+            )
         return self
 
 
@@ -119,7 +129,8 @@ class TableConfig(Section):
 
     kind: Literal["replicated", "sharded"] = "replicated"
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field(
-        "rowwise_adagrad", description="Fused optimizer of a sharded table; a replicated one shares the dense optimizer."
+        "rowwise_adagrad",
+        description="Fused optimizer of a sharded table; a replicated one shares the dense optimizer.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Sharded table only; default: training.learning_rate.")
     init_std: float = Field(0.02, gt=0)
@@ -130,7 +141,9 @@ class LossConfig(Section):
 
     kind: Literal["full", "sampled", "bce"] = "full"
     num_negatives: int = Field(256, ge=1, description="Negatives shared by the global batch (sampled).")
-    proposal: Literal["uniform", "log_uniform", "popularity"] = Field("uniform", description="Law of the negatives (sampled).")
+    proposal: Literal["uniform", "log_uniform", "popularity"] = Field(
+        "uniform", description="Law of the negatives (sampled)."
+    )
     chunk_tokens: int = Field(1024, ge=1, description="Targets whose logits exist at one time (full).")
 
 
@@ -138,8 +151,12 @@ class TrainingConfig(Section):
     """How long, how fast and with which optimizer."""
 
     epochs: int = Field(20, ge=1)
-    max_seconds: float | None = Field(None, gt=0, description="Stop training at the first epoch end after this many seconds.")
-    batch_sequences: int = Field(256, ge=1, description="Sequences of a global batch on average; batches hold equal numbers of tokens.")
+    max_seconds: float | None = Field(
+        None, gt=0, description="Stop training at the first epoch end after this many seconds."
+    )
+    batch_sequences: int = Field(
+        256, ge=1, description="Sequences of a global batch on average; batches hold equal numbers of tokens."
+    )
     accumulation_steps: int = Field(1, ge=1, description="Global batches summed before one update.")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
@@ -148,7 +165,9 @@ class TrainingConfig(Section):
     warmup: float = Field(0.02, ge=0, lt=1, description="Share of all steps over which the rates rise.")
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     final_rate: float = Field(0.1, ge=0, le=1, description="Rates at the last step as a share of their peak.")
-    gradient_clipping: float = Field(0.0, ge=0, description="Norm limit of the dense gradients; 0 = off. Never reaches a sharded table.")
+    gradient_clipping: float = Field(
+        0.0, ge=0, description="Norm limit of the dense gradients; 0 = off. Never reaches a sharded table."
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
     patience: int = Field(5, ge=1, description="Evaluations without a better validation NDCG@10 before training stops.")
@@ -220,7 +239,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text()
     except OSError as error:
-        raise GenattError(f"cannot read config {path}: {error.strerror}; name an existing YAML file, for example from configs/") from None
+        raise GenattError(
+            f"cannot read config {path}: {error.strerror}; name an existing YAML file, for example from configs/"
+        ) from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

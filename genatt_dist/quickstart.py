@@ -32,8 +32,12 @@ def quickstart(source: str, out: Path, launcher: str, overrides: list[str], cons
     prepare(PrepareConfig(source=source, out=str(out / "shards"), num_shards=2))
     summaries = {}
     for number, attention in enumerate(ATTENTIONS, 1):
-        console.rule(f"2/3 train {attention} ({number} of {len(ATTENTIONS)}): {launcher} launcher, {config.world_size} ranks")
-        chosen = configuration.load(_CONFIG, [*overrides, f"data.path={out / 'shards'}", f"model.attention.type={attention}"])
+        console.rule(
+            f"2/3 train {attention} ({number} of {len(ATTENTIONS)}): {launcher} launcher, {config.world_size} ranks"
+        )
+        chosen = configuration.load(
+            _CONFIG, [*overrides, f"data.path={out / 'shards'}", f"model.attention.type={attention}"]
+        )
         summaries[attention] = runs.train(chosen, out / attention, launcher)
     console.rule("3/3 evaluate on the test split")
     report = _evaluate(config, out, summaries)
@@ -56,7 +60,15 @@ def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, d
     models: list[dict[str, Any]] = [{"name": "popularity", "seed": None, **splits}]
     for attention, summary in summaries.items():
         test = evaluate_run(out / attention, "test")["metrics"]
-        models.append({"name": attention, "seed": config.training.seed, "valid": summary["valid"], "test": test, "train": summary["train"]})
+        models.append(
+            {
+                "name": attention,
+                "seed": config.training.seed,
+                "valid": summary["valid"],
+                "test": test,
+                "train": summary["train"],
+            }
+        )
     return {
         "dataset": {
             "name": manifest.name,

@@ -31,7 +31,9 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
     if launcher not in LAUNCHERS:
         raise GenattError(f"launcher={launcher} is unknown: use {', '.join(LAUNCHERS)}")
     if launcher == "process" and config.world_size > 1:
-        raise GenattError(f"launcher=process runs one rank, but world_size={config.world_size}: use torchrun or deepspeed")
+        raise GenattError(
+            f"launcher=process runs one rank, but world_size={config.world_size}: use torchrun or deepspeed"
+        )
     if resume:
         _check_same(config, run)
     elif run.exists():
@@ -79,10 +81,14 @@ def _check_same(config: RunConfig, run: Path) -> None:
 
     checkpoint.verify(checkpoint.newest(run))
     ours, theirs = _flat(config.model_dump()), _flat(read_config(run).model_dump())
-    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key) and key not in _RESUMABLE)
+    changed = sorted(
+        key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key) and key not in _RESUMABLE
+    )
     if changed:
         shown = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in changed[:3])
-        raise GenattError(f"--resume of {run} with another configuration: {shown}; only {', '.join(sorted(_RESUMABLE))} may change")
+        raise GenattError(
+            f"--resume of {run} with another configuration: {shown}; only {', '.join(sorted(_RESUMABLE))} may change"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

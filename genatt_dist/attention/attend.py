@@ -62,11 +62,12 @@ def _columns(p_BHnK: Tensor) -> Tensor:
     """a_ij = p_{i,i−j} for j ≤ i, else 0.
 
     The skew of Music Transformer (Huang et al. 2018): with offsets reversed, one zero column makes a plain reshape move
-    row i by i − (n − 1) columns. Unlike a gather, its backward is no scatter.
+    row i by i − (n − 1) columns. Unlike a gather, its backward is no scatter. What wraps around to j > i are offsets
+    beyond the start of row i + 1, whose p is 0.
     """
     n = p_BHnK.shape[-1]
     padded = F.pad(p_BHnK.flip(-1), (1, 0))
-    return padded.flatten(-2).unflatten(-1, (n + 1, n))[..., 1:, :].tril()
+    return padded.flatten(-2).unflatten(-1, (n + 1, n))[..., 1:, :]
 
 
 def _future(layout: Jagged) -> Tensor:

@@ -1,8 +1,8 @@
 """Keyed noise: every random number is a pure function of what it is for, never of rank, world size or batch layout (MATH §7.7).
 
 A key is an int64 tensor (or a Python int) that `derive` folds words into: seed, purpose, step, window id, position, block, head …
-Draws hash the key with a counter (SplitMix64's finaliser, Steele et al. 2014), so they are vectorised, stateless, and equal on CPU
-and GPU (normals to rounding). int64 arithmetic in torch wraps around, as the hash wants.
+Draws hash the key with a counter (SplitMix64's finaliser, Steele et al. 2014), so they are vectorised, stateless, and
+equal on CPU and GPU (normals to rounding). int64 arithmetic in torch wraps around, as the hash wants.
 
 Legend: N keys (real tokens of the batch), M numbers a key.
 """
@@ -97,9 +97,8 @@ def normal(key: Tensor, count: int) -> Tensor:
 
 def keep_mask(key: Tensor, count: int, drop: float) -> Tensor:
     """Booleans that are False with probability `drop` (to 2^-16): shape key.shape + (count,). One hash serves four."""
-    word = bits(key, (count + 3) // 4)
-    lanes = torch.stack([(word >> (16 * lane)) & 0xFFFF for lane in range(4)], dim=-1)
-    return (lanes >= round(drop * 65536)).flatten(-2)[..., :count]
+    lanes = bits(key, (count + 3) // 4).view(torch.int16)  # signed: uniform on −32768..32767
+    return (lanes >= round(drop * 65536) - 32768)[..., :count]
 
 
 def integers(key: Tensor, count: int, high: int) -> Tensor:

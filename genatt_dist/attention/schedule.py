@@ -27,7 +27,9 @@ def check(kind: str, num_steps: int) -> None:
     values = alpha_bar(kind, num_steps)
     betas = [1 - after / before for before, after in zip(values, values[1:], strict=False)]
     if not 0 < values[-1] < 1e-3:
-        raise ValueError(f"schedule={kind} with diffusion_steps={num_steps} ends at alpha_bar={values[-1]:.2e}, not in (0, 1e-3)")
+        raise ValueError(
+            f"schedule={kind} with diffusion_steps={num_steps} ends at alpha_bar={values[-1]:.2e}, not in (0, 1e-3)"
+        )
     if not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"schedule={kind} with diffusion_steps={num_steps} has a beta outside (0, 1)")
 

@@ -88,7 +88,9 @@ class TrainingBatches:
         ends = sequences.history_end("train")[user] - 1 - index * data.max_len
         starts = np.maximum(ends - data.max_len, sequences.offsets[user])
         if not len(user):
-            raise GenattError(f"{sequences.manifest.name}: no user has two training interactions, so nothing can be learnt from it")
+            raise GenattError(
+                f"{sequences.manifest.name}: no user has two training interactions, so nothing can be learnt from it"
+            )
         lengths = ends - starts
         updates = round(len(lengths) / (training.batch_sequences * training.accumulation_steps))
         return TrainingBatches(
@@ -135,7 +137,9 @@ class TrainingBatches:
         turn = np.arange(len(members)) % (2 * world_size)
         mine = members[::-1][np.minimum(turn, 2 * world_size - 1 - turn) == rank]
         if not len(mine):
-            raise GenattError(f"rank {rank} got no sequence of a global batch of {len(members)}: raise training.batch_sequences")
+            raise GenattError(
+                f"rank {rank} got no sequence of a global batch of {len(members)}: raise training.batch_sequences"
+            )
         starts, lengths = self.starts[mine], self.lengths[mine]
         layout = Jagged.of(torch.from_numpy(lengths).to(device), int(lengths.max()), int(lengths.sum()))
         return Batch(
@@ -166,7 +170,13 @@ class Histories:
 
     @staticmethod
     def of(
-        items: npt.NDArray[np.int32], first: Ints, end: Ints, users: Ints, max_len: int, device: torch.device, targets: Ints | None = None
+        items: npt.NDArray[np.int32],
+        first: Ints,
+        end: Ints,
+        users: Ints,
+        max_len: int,
+        device: torch.device,
+        targets: Ints | None = None,
     ) -> Histories:
         """Histories items[first[i]:end[i]]; the model sees the newest max_len items, all are seen."""
         lengths = np.minimum(end - first, max_len)
@@ -186,13 +196,21 @@ def evaluation_batches(
     """This rank's histories of every user that has a target in `split` (`valid` or `test`), in steps all ranks share."""
     users = np.flatnonzero(sequences.has_targets)
     if len(users) < world_size:
-        raise GenattError(f"{len(users)} users have a {split} item, fewer than world_size={world_size}: evaluate on fewer ranks")
+        raise GenattError(
+            f"{len(users)} users have a {split} item, fewer than world_size={world_size}: evaluate on fewer ranks"
+        )
     steps = min(-(-len(users) // batch_users), len(users) // world_size)
     end = sequences.history_end(split)
     for step in np.array_split(users, max(1, steps)):
         mine = np.array_split(step, world_size)[rank]
         yield Histories.of(
-            sequences.items, sequences.offsets[mine], end[mine], mine, max_len, device, targets=sequences.items[end[mine]].astype(np.int64)
+            sequences.items,
+            sequences.offsets[mine],
+            end[mine],
+            mine,
+            max_len,
+            device,
+            targets=sequences.items[end[mine]].astype(np.int64),
         )
 
 

@@ -49,7 +49,9 @@ class Sequences:
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum(pc.list_value_length(lists).to_numpy(), out=offsets[1:])
         if len(items) and not (1 <= int(items.min()) and int(items.max()) <= manifest.num_items):
-            raise GenattError(f"{path}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}; prepare the data again")
+            raise GenattError(
+                f"{path}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}; prepare the data again"
+            )
         vocabulary = shards.read_vocabulary(path, manifest)
         popularity = np.zeros(manifest.num_items + 1, np.int64)
         popularity[vocabulary["dense_id"].to_numpy()] = vocabulary["train_count"].to_numpy()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Query:
     """What is to be ranked: states_BD, the pairs (row, item) to leave out, and the target ids if there are any."""

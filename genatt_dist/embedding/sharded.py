@@ -41,10 +41,16 @@ _OPTIMIZERS = {
 class ShardedTable:
     """Rows first_id … first_id + V − 1 of the table live on this rank. Needs an initialised process group."""
 
-    def __init__(self, num_items: int, width: int, config: TableConfig, learning_rate: float, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, num_items: int, width: int, config: TableConfig, learning_rate: float, seed: int, device: torch.device
+    ) -> None:
         collection = EmbeddingCollection(
             device=torch.device("meta"),
-            tables=[EmbeddingConfig(num_embeddings=num_items + 1, embedding_dim=width, name=_FEATURE, feature_names=[_FEATURE])],
+            tables=[
+                EmbeddingConfig(
+                    num_embeddings=num_items + 1, embedding_dim=width, name=_FEATURE, feature_names=[_FEATURE]
+                )
+            ],
         )
         sharder: Any = EmbeddingCollectionSharder(
             fused_params={"optimizer": _OPTIMIZERS[config.optimizer], "learning_rate": learning_rate, "eps": 1e-8}
@@ -124,7 +130,11 @@ class ShardedTable:
 
 def _planner(device: torch.device) -> EmbeddingShardingPlanner:
     kind = ShardingType.ROW_WISE.value
-    memory = {"hbm_cap": torch.cuda.mem_get_info(device)[1]} if device.type == "cuda" else {"ddr_cap": psutil.virtual_memory().total}
+    memory = (
+        {"hbm_cap": torch.cuda.mem_get_info(device)[1]}
+        if device.type == "cuda"
+        else {"ddr_cap": psutil.virtual_memory().total}
+    )
     return EmbeddingShardingPlanner(
         topology=Topology(world_size=dist.get_world_size(), compute_device=device.type, **memory),
         constraints={

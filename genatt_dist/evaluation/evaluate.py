@@ -6,7 +6,7 @@ Legend: B users of a batch, U users of the split, V items, C cutoffs, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,9 @@ class Result:
 
 
 @torch.no_grad()
-def encode(backbone: Backbone, rows_ND: Tensor, histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]) -> Tensor:
+def encode(
+    backbone: Backbone, rows_ND: Tensor, histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The state that predicts each user's next item: [B, D] in float32."""
     output = backbone(rows_ND.to(next(backbone.parameters()).dtype), _context(histories, config, total))
     return output.states_ND[histories.layout.last_B].float()
@@ -72,14 +74,24 @@ def evaluate(
     shown_CV = torch.zeros((len(CUTOFFS), sequences.num_items + 1), dtype=torch.int64, device=device)
     observed: dict[str, tuple[Tensor, Tensor]] = {}
     batches = evaluation_batches(
-        sequences, split, config.data.max_len, config.evaluation.batch_users * parts.world_size, parts.rank, parts.world_size, device
+        sequences,
+        split,
+        config.data.max_len,
+        config.evaluation.batch_users * parts.world_size,
+        parts.rank,
+        parts.world_size,
+        device,
     )
     for histories in batches:
         rows_ND = table.lookup(histories.items_N)
         if diagnose and not observed:
-            observed = statistics(backbone, rows_ND.to(next(backbone.parameters()).dtype), _context(histories, config, parts.total))
+            context = _context(histories, config, parts.total)
+            context = replace(context, num_tokens=parts.total(context.num_tokens))
+            observed = statistics(backbone, rows_ND.to(next(backbone.parameters()).dtype), context)
         states_BD = encode(backbone, rows_ND, histories, config, parts.total)
-        ranking = table.rank(query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items)
+        ranking = table.rank(
+            query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items
+        )
         rank_U[histories.user_B] = ranking.ahead_B + 1
         for cutoff, k in enumerate(CUTOFFS):
             top = ranking.top_Bk[:, :k].flatten()
@@ -88,7 +100,7 @@ def evaluate(
     ranks = parts.total(rank_U).cpu().numpy()[sequences.has_targets]
     values = metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy())
     for name, (amount, count) in observed.items():
-        values[name] = float(parts.total(amount) / parts.total(count))
+        values[name] = float((parts.total(amount) / parts.total(count)).mean())
     return Result(values, ranks)
 
 

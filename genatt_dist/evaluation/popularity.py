@@ -27,7 +27,10 @@ def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> 
     for histories in evaluation_batches(sequences, split, 1, config.evaluation.batch_users, 0, 1, device):
         states_BD = torch.ones(len(histories.user_B), 1, dtype=torch.float64)
         ranking = rank_rows(
-            rows_VD, query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items
+            rows_VD,
+            query(states_BD, histories, config.evaluation.exclude_seen),
+            max(CUTOFFS),
+            config.evaluation.chunk_items,
         )
         ranks.append(ranking.ahead_B.numpy() + 1)
         for cutoff, k in enumerate(CUTOFFS):

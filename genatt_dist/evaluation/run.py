@@ -24,7 +24,14 @@ def evaluate_run(run: Path, split: str, progress: Callable[[int], None] = lambda
 
     trained = load(run)
     result = evaluate(
-        trained.backbone, trained.table, trained.sequences, split, trained.config, trained.device, progress=progress, diagnose=True
+        trained.backbone,
+        trained.table,
+        trained.sequences,
+        split,
+        trained.config,
+        trained.device,
+        progress=progress,
+        diagnose=True,
     )
     report = {
         "model": trained.config.model.attention.type,
@@ -50,7 +57,9 @@ def protocol(config: RunConfig, sequences: Sequences) -> dict[str, Any]:
         "k_core": f"users >= {names['min_user_interactions']}, items >= {names['min_item_interactions']}",
         "order": "user, time, original row (stable)",
         "selection": "best valid ndcg@10; test once",
-        "loss": config.loss.kind if config.loss.kind != "sampled" else f"sampled ({config.loss.num_negatives} {config.loss.proposal})",
+        "loss": config.loss.kind
+        if config.loss.kind != "sampled"
+        else f"sampled ({config.loss.num_negatives} {config.loss.proposal})",
     }
 
 

@@ -24,14 +24,18 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
     """Run the workers of `run` to their end. Raises GenattError when they fail or cannot be started."""
     arguments = ["--run", str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
     environment = worker_environment(os.environ, world_size)
-    process = subprocess.Popen(_COMMANDS[launcher](world_size, arguments, environment), env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        _COMMANDS[launcher](world_size, arguments, environment), env=environment, start_new_session=True
+    )
     try:
         code = process.wait()
     except BaseException:
         _end(process)
         raise
     if code:
-        raise GenattError(f"training in {run} ended with exit code {code} under launcher={launcher}; its messages are above")
+        raise GenattError(
+            f"training in {run} ended with exit code {code} under launcher={launcher}; its messages are above"
+        )
 
 
 def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int) -> dict[str, str]:
@@ -54,22 +58,42 @@ def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int)
 
 def _process(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
     if world_size != 1:
-        raise GenattError(f"launcher=process runs one rank, but world_size={world_size}: use --launcher torchrun or deepspeed")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        raise GenattError(
+            f"launcher=process runs one rank, but world_size={world_size}: use --launcher torchrun or deepspeed"
+        )
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     environment.update(alone)
     return [sys.executable, "-m", _WORKER, *arguments]
 
 
 def _torchrun(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
     rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size), *rendezvous, "-m", _WORKER, *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(world_size),
+        *rendezvous,
+        "-m",
+        _WORKER,
+        *arguments,
+    ]
 
 
 def _deepspeed(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
     program = Path(sys.executable).with_name("deepspeed")
     found = str(program) if program.exists() else shutil.which("deepspeed")
     if not found:
-        raise GenattError("the deepspeed launcher is not installed beside this Python: run `make setup`, or use --launcher torchrun")
+        raise GenattError(
+            "the deepspeed launcher is not installed beside this Python: run `make setup`, or use --launcher torchrun"
+        )
     # The launcher starts `python` from PATH and, where several hosts are named, looks for PDSH; one host needs neither ssh.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]

@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--launcher", required=True)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher; LOCAL_RANK says the same")
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="given by the deepspeed launcher; LOCAL_RANK says the same"
+    )
     arguments = parser.parse_args()
     _quiet()
     from genatt_dist.training.trainer import train

@@ -34,7 +34,9 @@ def full_nll(states_ND: Tensor, items_VD: Tensor, targets_N: Tensor, chunk: int)
 
 class _FullLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states_ND: Tensor, items_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, states_ND: Tensor, items_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int
+    ) -> Tensor:
         total = torch.zeros((), device=states_ND.device)
         grad_states_ND = torch.empty_like(states_ND)
         grad_items_VD = torch.zeros_like(items_VD)
@@ -62,4 +64,10 @@ class _FullLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (scale,) = grad_outputs
         grad_states_ND, grad_items_VD = ctx.saved_tensors
-        return grad_states_ND * scale.to(grad_states_ND.dtype), grad_items_VD * scale.to(grad_items_VD.dtype), None, None, None
+        return (
+            grad_states_ND * scale.to(grad_states_ND.dtype),
+            grad_items_VD * scale.to(grad_items_VD.dtype),
+            None,
+            None,
+            None,
+        )

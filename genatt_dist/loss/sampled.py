@@ -15,7 +15,12 @@ from torch.nn import functional as F
 
 
 def sampled_nll(
-    states_ND: Tensor, target_rows_ND: Tensor, negative_rows_KD: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected_K: Tensor
+    states_ND: Tensor,
+    target_rows_ND: Tensor,
+    negative_rows_KD: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    log_expected_K: Tensor,
 ) -> Tensor:
     """Each target's negative log-likelihood under the sampled softmax: float32 [N].
 
@@ -27,7 +32,9 @@ def sampled_nll(
     return torch.logaddexp(target_N, negative_NK.logsumexp(-1)) - target_N
 
 
-def bce_nll(states_ND: Tensor, target_rows_ND: Tensor, negative_rows_ND: Tensor, targets_N: Tensor, negatives_N: Tensor) -> Tensor:
+def bce_nll(
+    states_ND: Tensor, target_rows_ND: Tensor, negative_rows_ND: Tensor, targets_N: Tensor, negatives_N: Tensor
+) -> Tensor:
     """SASRec's original loss, −log σ(o_target) − log(1 − σ(o_negative)): float32 [N]. A negative that is the target counts nothing."""
     target_N = (states_ND * target_rows_ND).sum(-1).float()
     negative_N = (states_ND * negative_rows_ND).sum(-1).float()

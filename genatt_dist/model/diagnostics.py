@@ -20,11 +20,11 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statistics:
-    """Sums and counts named `block_{l}/{name}`, from sampled maps in evaluation mode (the module's mode is restored).
+    """Sums and counts named `{name}/block{l}`, from sampled maps in evaluation mode (the module's mode is restored).
 
     attention_entropy: entropy of a row of A over log(i + 1), rows i ≥ 1: 1 is uniform.
-    And for generated attention: kappa (mean over heads), kl (a vector, one a latent dimension), active_units (of the
-    global batch: `context.total` is called), total_variation (between the maps of two samples, rows i ≥ 1) and, for
+    And for generated attention: kappa (mean over heads), kl_mean (a vector, one a latent dimension), active_units (of
+    the global batch: `context.total` is called), total_variation (between the maps of two samples, rows i ≥ 1) and, for
     diffusion, residual_scale (ς).
     """
     generated = backbone.encoder is not None
@@ -40,7 +40,7 @@ def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statist
         block = _entropy(first, index, context)
         if generated:
             block |= _variation(first, second, index, context) | _latent(first, index, context)
-        result |= {f"block_{index}/{name}": pair for name, pair in block.items()}
+        result |= {f"{name}/block{index}": pair for name, pair in block.items()}
     return result
 
 
@@ -74,7 +74,7 @@ def _latent(output: Output, index: int, context: Context) -> Statistics:
     values = output.maps[index].statistics
     kl_Z, one = values["kl_Z"], torch.ones_like(context.num_tokens)
     active = (context.total(kl_Z) / context.num_tokens > ACTIVE).sum()
-    result = {"kl": (kl_Z, one * context.layout.row_N.shape[0]), "active_units": (active.float(), one)}
+    result = {"kl_mean": (kl_Z, one * context.layout.row_N.shape[0]), "active_units": (active.float(), one)}
     result |= {"kappa": (values["kappa"].float().mean(), one)}
     return result | ({"residual_scale": (values["residual_scale"], one)} if "residual_scale" in values else {})
 

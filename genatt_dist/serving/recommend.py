@@ -40,15 +40,27 @@ def read_requests(path: Path, trained: Trained) -> Requests:
     user, item, time = str(names["user_column"]), str(names["item_column"]), names.get("time_column")
     table = _read(path)
     if user not in table.columns:
-        raise GenattError(f"{path} has no column {user}: it has {', '.join(table.columns)}; rename the users' column to {user}")
+        raise GenattError(
+            f"{path} has no column {user}: it has {', '.join(table.columns)}; rename the users' column to {user}"
+        )
     if not table.height:
         raise GenattError(f"{path} has no rows: nobody to recommend to")
     if item in table.columns:
-        return _histories(table.select(pl.col(user).alias("user"), pl.col(item).alias("item"), *([pl.col(time).alias("time")] if time in table.columns else [])), path, trained)
+        return _histories(
+            table.select(
+                pl.col(user).alias("user"),
+                pl.col(item).alias("item"),
+                *([pl.col(time).alias("time")] if time in table.columns else []),
+            ),
+            path,
+            trained,
+        )
     return _known(table[user].unique(maintain_order=True), path, trained)
 
 
-def recommend(trained: Trained, requests: Requests, k: int, progress: Callable[[int], None] = lambda users: None) -> pl.DataFrame:
+def recommend(
+    trained: Trained, requests: Requests, k: int, progress: Callable[[int], None] = lambda users: None
+) -> pl.DataFrame:
     """k rows a user: user_id, rank (from 1), item_id (original), score. Items in the history are left out if evaluation did so."""
     if not 1 <= k <= trained.sequences.num_items:
         raise GenattError(f"k={k} is not between 1 and the catalogue's {trained.sequences.num_items} items")
@@ -65,7 +77,9 @@ def recommend(trained: Trained, requests: Requests, k: int, progress: Callable[[
         with torch.no_grad():
             rows_ND = trained.table.lookup(histories.items_N)
             states_BD = encode(trained.backbone, rows_ND, histories, trained.config, torch.Tensor.clone)
-            ranking = trained.table.rank(query(states_BD, histories, evaluation.exclude_seen), k, evaluation.chunk_items)
+            ranking = trained.table.rank(
+                query(states_BD, histories, evaluation.exclude_seen), k, evaluation.chunk_items
+            )
         score = ranking.score_Bk.cpu().numpy().ravel()
         dense = ranking.top_Bk.cpu().numpy().ravel()
         part = pl.DataFrame(
@@ -98,20 +112,32 @@ def _read(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise GenattError(f"cannot read {path}: {str(error).splitlines()[0]}; give Parquet, or CSV with a header") from None
+        raise GenattError(
+            f"cannot read {path}: {str(error).splitlines()[0]}; give Parquet, or CSV with a header"
+        ) from None
 
 
 def _known(users: pl.Series, path: Path, trained: Trained) -> Requests:
     sequences = trained.sequences
     known = pl.DataFrame({"user": pl.from_arrow(sequences.user_ids)}).with_row_index("row")
-    asked = pl.DataFrame({"user": _cast(users, known["user"].dtype)}).join(known, on="user", how="left", maintain_order="left")
+    asked = pl.DataFrame({"user": _cast(users, known["user"].dtype)}).join(
+        known, on="user", how="left", maintain_order="left"
+    )
     missing = asked.filter(pl.col("row").is_null())["user"]
     found = asked.drop_nulls("row")
     if not found.height:
-        raise GenattError(f"{path}: none of its {users.len()} users is in {sequences.manifest.name}; give histories: add an item column")
+        raise GenattError(
+            f"{path}: none of its {users.len()} users is in {sequences.manifest.name}; give histories: add an item column"
+        )
     index = found["row"].to_numpy().astype(np.int64)
-    notes = [_note(missing, "users", f"are not in {sequences.manifest.name}; add their histories (an item column) to the file")]
-    return Requests(found["user"], sequences.items, sequences.offsets[index], sequences.offsets[index + 1], [n for n in notes if n])
+    notes = [
+        _note(
+            missing, "users", f"are not in {sequences.manifest.name}; add their histories (an item column) to the file"
+        )
+    ]
+    return Requests(
+        found["user"], sequences.items, sequences.offsets[index], sequences.offsets[index + 1], [n for n in notes if n]
+    )
 
 
 def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
@@ -138,7 +164,9 @@ def _cast(values: pl.Series, dtype: pl.DataType) -> pl.Series:
     try:
         return values.cast(dtype)
     except pl.exceptions.PolarsError:
-        raise GenattError(f"column {values.name} holds {values.dtype}, the data set has {dtype}: ids must be of the same type") from None
+        raise GenattError(
+            f"column {values.name} holds {values.dtype}, the data set has {dtype}: ids must be of the same type"
+        ) from None
 
 
 def _note(values: pl.Series, what: str, why: str) -> str | None:

@@ -42,9 +42,13 @@ def load(run: Path) -> Trained:
             f"{run} was trained on data with manifest {progress.manifest_hash[:12]}…, {config.data.path} now has "
             f"{sequences.manifest_hash[:12]}…: prepare the same data again, or train again"
         )
-    model = DenseModel(config.model_copy(update={"table": TableConfig(init_std=config.table.init_std)}), sequences.num_items)
+    model = DenseModel(
+        config.model_copy(update={"table": TableConfig(init_std=config.table.init_std)}), sequences.num_items
+    )
     tensors = checkpoint.read_dense(path)
-    state = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(("parameter.", "buffer."))}
+    state = {
+        name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(("parameter.", "buffer."))
+    }
     rows = checkpoint.read_table(path, 0, sequences.num_items + 1, with_optimizer=False)
     if rows is not None:
         state["items.weight"] = rows.rows

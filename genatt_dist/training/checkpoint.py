@@ -146,7 +146,9 @@ def read_table(path: Path, first_row: int, num_rows: int, with_optimizer: bool =
         return None
     whole = {name: torch.cat(parts) for name, parts in pieces.items()}
     if len(whole["rows"]) != num_rows:
-        raise GenattError(f"checkpoint {path} holds {len(whole['rows'])} of the table rows {first_row}..{first_row + num_rows - 1}")
+        raise GenattError(
+            f"checkpoint {path} holds {len(whole['rows'])} of the table rows {first_row}..{first_row + num_rows - 1}"
+        )
     rows = whole.pop("rows")
     return TablePart(first_row, rows, {name.removeprefix("optimizer."): value for name, value in whole.items()})
 

@@ -41,7 +41,9 @@ def init_process_group(device: torch.device) -> None:
     logger.setLevel(logging.WARNING)
     # The shared-memory all-reduce is compiled for a minute on first use and gains nothing over gloo for a small dense model.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
+    )
 
 
 class Engine:
@@ -94,7 +96,9 @@ class Engine:
         """Whole parameters on every rank inside (ZeRO-3 holds parts). Collective."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self._engine.zero_optimization_stage() == 3):
+        with deepspeed.zero.GatheredParameters(
+            list(self.module.parameters()), enabled=self._engine.zero_optimization_stage() == 3
+        ):
             yield
 
     def state(self) -> dict[str, Tensor]:
@@ -108,8 +112,12 @@ class Engine:
                 moments = self._base.state.get(parameter, {})
             else:
                 tensors[f"parameter.{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
-                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if self._has_moments()}
-            tensors |= {f"{key}.{name}": moments[key].view(_full_shape(parameter)) for key in _MOMENTS if key in moments}
+                moments = {
+                    key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if self._has_moments()
+                }
+            tensors |= {
+                f"{key}.{name}": moments[key].view(_full_shape(parameter)) for key in _MOMENTS if key in moments
+            }
         return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -156,7 +164,9 @@ class Engine:
     def _prime(self, step: int) -> None:
         """Make the moments that torch's optimizer would make in its first step, so that they can be filled."""
         for flat in self._flat_parameters():
-            self._base.state[flat] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(flat) for key in _MOMENTS}
+            self._base.state[flat] = {"step": torch.tensor(float(step))} | {
+                key: torch.zeros_like(flat) for key in _MOMENTS
+            }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -165,10 +175,16 @@ def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     """Weight decay reaches matrices only: not tables, biases, norms or scalars."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    decayed = [p for name, p in module.named_parameters() if config.weight_decay and p.ndim > 1 and "items" not in name and "position" not in name]
+    decayed = [
+        p
+        for name, p in module.named_parameters()
+        if config.weight_decay and p.ndim > 1 and "items" not in name and "position" not in name
+    ]
     chosen = {id(parameter) for parameter in decayed}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in chosen]
-    groups = [{"params": rest, "weight_decay": 0.0}] + ([{"params": decayed, "weight_decay": config.weight_decay}] if decayed else [])
+    groups = [{"params": rest, "weight_decay": 0.0}] + (
+        [{"params": decayed, "weight_decay": config.weight_decay}] if decayed else []
+    )
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8, fused=True)
 
 

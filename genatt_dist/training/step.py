@@ -60,7 +60,13 @@ class DenseModel(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, candidates: Candidates, noise: NoiseKey, rows: Tensor | None, scale: Scale, total: Callable[[Tensor], Tensor]
+        self,
+        batch: Batch,
+        candidates: Candidates,
+        noise: NoiseKey,
+        rows: Tensor | None,
+        scale: Scale,
+        total: Callable[[Tensor], Tensor],
     ) -> Losses:
         """Shares of both losses. rows: those of `candidates.ids` from a sharded table, or None to use the replicated one."""
         if rows is None:
@@ -159,7 +165,8 @@ def training_noise(batch: Batch, seed: int, draw: int, config: RunConfig) -> Noi
     samples = attention.train_samples if isinstance(attention, VariationalAttention) else 1
     layout = batch.layout
     keys = [
-        NoiseKey.make(int(derive(seed, sample)), draw, batch.window_B, layout.row_N, layout.position_N) for sample in range(samples)
+        NoiseKey.make(int(derive(seed, sample)), draw, batch.window_B, layout.row_N, layout.position_N)
+        for sample in range(samples)
     ]
     return NoiseKey(torch.cat([key.token_N for key in keys]), torch.cat([key.sequence_B for key in keys]))
 

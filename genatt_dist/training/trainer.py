@@ -83,7 +83,9 @@ class _Trainer:
         self._step = JointStep(
             config,
             self._engine,
-            Candidature(config.loss, self._sequences.num_items, torch.from_numpy(self._sequences.popularity[1:]), device),
+            Candidature(
+                config.loss, self._sequences.num_items, torch.from_numpy(self._sequences.popularity[1:]), device
+            ),
             self._sharded.lookup if self._sharded else None,
             self._world_size,
             sum_over_ranks,
@@ -163,7 +165,9 @@ class _Trainer:
         return self._step(batches, step, gamma)
 
     def _log(self, shares: list[Losses], rate: float, sequences_per_second: float) -> None:
-        recommendation, generative = sum_over_ranks(torch.stack([torch.stack(losses) for losses in shares]).mean(0)).tolist()
+        recommendation, generative = sum_over_ranks(
+            torch.stack([torch.stack(losses) for losses in shares]).mean(0)
+        ).tolist()
         progress = self._progress
         if not math.isfinite(recommendation + generative):
             raise GenattError(
@@ -182,7 +186,8 @@ class _Trainer:
             },
         )
         self._telemetry.advance(
-            progress.step, f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s"
+            progress.step,
+            f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s",
         )
 
     def _validate(self) -> None:

@@ -14,6 +14,13 @@ def test_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(Posterior(mu, log_var).kl_NZ(), expected)
 
 
+def test_samples_have_the_posteriors_mean_and_variance():
+    mu, log_var = torch.tensor([1.0, -2.0]).expand(20_000, 2), torch.tensor([0.5, -1.0]).expand(20_000, 2)
+    z = Posterior(mu, log_var).sample(torch.randn(20_000, 2))
+    torch.testing.assert_close(z.mean(0), mu[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(z.var(0), log_var[0].exp(), atol=0, rtol=0.04)
+
+
 def test_log_variance_is_clipped():
     latent = Latent(4, 2)
     log_var = latent(100 * torch.randn(50, 4)).log_var_NZ

@@ -7,7 +7,7 @@ from test_noise import ks
 from genatt_dist.attention.denoiser import MOMENTUM, ResidualScale
 from genatt_dist.attention.diffusion import Diffusion, _Rows
 from genatt_dist.attention.entries import Entries
-from genatt_dist.attention.noise import Purpose
+from genatt_dist.attention.noise import NoiseKey, Purpose
 from genatt_dist.config import DiffusionAttention, ModelConfig
 
 D, T = 8, 5
@@ -84,6 +84,16 @@ def test_sampling_is_a_function_of_its_noise(form, eta, make_context):
     first, again, other = (rows_of(module(x, s, make_context(4, 5, step=step))) for step in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("eta", "draws"), [(0.0, [T]), (1.0, [T, *range(T - 1, 0, -1)])])
+def test_a_state_of_the_sampler_is_keyed_by_its_time(eta, draws, make_context, monkeypatch):
+    """η = 0 draws R_T alone; η = 1 draws every later state too."""
+    asked = []
+    token = NoiseKey.token
+    monkeypatch.setattr(NoiseKey, "token", lambda self, *words: asked.append(words) or token(self, *words))
+    generator(eta=eta).eval()(*inputs(9), make_context(4, 5))
+    assert asked == [(Purpose.SAMPLER, 0, t) for t in draws]
 
 
 def test_one_sampling_step_is_the_conditional_mean(make_context):

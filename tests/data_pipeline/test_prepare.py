@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_pipeline import prepare as prepare_module
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
 from data_pipeline.format import Manifest, load_manifest, read_shard, read_vocabulary, verify
+from data_pipeline.local_ray import numbered, outputs
 from data_pipeline.prepare import prepare
 
 pytestmark = pytest.mark.ray
@@ -179,9 +181,29 @@ def test_shared_movielens(options: Options, shared_data: Path, local_cluster: No
 
 
 def test_error_inside_a_task_is_plain(options: Options, log: Callable[..., str], local_cluster: None):
-    assert "column 'item_id' of log.parquet has 1 nulls" in refusal(
-        options(log(user_id=[1, 2], item_id=[1, None], timestamp=[1, 2]))
-    )
+    message = refusal(options(log(user_id=[1, 2], item_id=[1, None], timestamp=[1, 2])))
+    assert message.startswith("column 'item_id' of log.parquet has 1 nulls")
+
+
+def test_error_with_a_cause_that_cannot_be_pickled_is_plain(local_cluster: None):
+    def fail(_: object) -> None:
+        try:
+            raise OSError(threading.Lock())
+        except OSError as error:
+            raise GenattError("cannot write out") from error
+
+    with pytest.raises(GenattError, match=r"^cannot write out$"):
+        list(outputs(numbered("n", 1).map_batches(fail), "write"))
+
+
+def test_other_errors_of_a_task_name_the_stage(local_cluster: None):
+    def fail(_: object) -> None:
+        raise MemoryError("too large\nby far")
+
+    with pytest.raises(
+        GenattError, match=r"^stage write failed in Ray: MemoryError: too large by far: see Ray's own logs"
+    ):
+        list(outputs(numbered("n", 1).map_batches(fail), "write"))
 
 
 def test_damage_behind_a_whole_footer_is_plain(options: Options, log: Callable[..., str], local_cluster: None):
@@ -189,7 +211,7 @@ def test_damage_behind_a_whole_footer_is_plain(options: Options, log: Callable[.
     content = bytearray(path.read_bytes())
     content[40:400] = bytes(360)
     path.write_bytes(content)
-    assert "log.parquet is no readable parquet file" in refusal(options(path))
+    assert refusal(options(path)).startswith("log.parquet is no readable parquet file")
 
 
 def test_nothing_left_after_the_k_core(options: Options, log: Callable[..., str], local_cluster: None):

@@ -1,4 +1,4 @@
-"""A row depends on its own past and noise: no later item, padding, neighbour or split of the batch changes it (MATH §7)."""
+"""A row depends on its own past and noise: no later item, padding, neighbour or split of the batch changes it."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -225,9 +225,11 @@ def test_missing_noise_is_named(name):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_generative_loss_exists_in_training_only(name):
+def test_a_generative_loss_exists_in_training_only_and_is_the_mean_over_blocks(name):
     model = backbone(name)
-    assert model.train()(torch.cat(rows()), context()).generative_loss > 0
+    output = model.train()(torch.cat(rows()), context())
+    assert output.generative_loss > 0
+    torch.testing.assert_close(2 * output.generative_loss, output.maps[0].loss + output.maps[1].loss)
     assert model.eval()(torch.cat(rows()), context()).generative_loss == 0
 
 

@@ -19,19 +19,19 @@ def test_statistics_are_finite_and_leave_the_model_as_it_was(name):
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(torch.isfinite(value).all() for value in values.values())
-    assert 0 < values["block_1/attention_entropy"] <= 1
-    assert ("block_0/residual_scale" in values) == name.startswith("diffusion")
+    assert 0 < values["attention_entropy/block1"] <= 1
+    assert ("residual_scale/block0" in values) == name.startswith("diffusion")
     if name != "dot_product":
-        assert values["block_0/total_variation"] > 0
-        assert values["block_0/kl"].shape == (6,)
-        assert values["block_0/active_units"] == (values["block_0/kl"] > 0.01).sum()
+        assert values["total_variation/block0"] > 0
+        assert values["kl_mean/block0"].shape == (6,)
+        assert values["active_units/block0"] == (values["kl_mean/block0"] > 0.01).sum()
 
 
 def test_a_map_without_content_has_entropy_one():
     model = backbone("dot_product", blocks=1)
     torch.nn.init.zeros_(model.blocks[0].attention.w_q.weight)
     torch.nn.init.zeros_(model.blocks[0].attention.w_q.bias)
-    total, count = statistics(model, torch.cat(rows()), context())["block_0/attention_entropy"]
+    total, count = statistics(model, torch.cat(rows()), context())["attention_entropy/block0"]
     assert count == sum(length - 1 for length in LENGTHS)
     torch.testing.assert_close(total / count, torch.tensor(1.0))
 
@@ -42,7 +42,7 @@ def test_total_variation_is_zero_without_variance():
     torch.nn.init.zeros_(latent.weight)
     torch.nn.init.constant_(latent.bias, -8.0)
     torch.nn.init.zeros_(model.blocks[0].attention.decoder.hidden.weight)
-    assert means(statistics(model, torch.cat(rows()), context()))["block_0/total_variation"] == 0
+    assert means(statistics(model, torch.cat(rows()), context()))["total_variation/block0"] == 0
 
 
 def test_sums_of_two_parts_are_the_whole_batchs():
@@ -50,7 +50,7 @@ def test_sums_of_two_parts_are_the_whole_batchs():
     whole = statistics(model, torch.cat(xs), context())
     first = statistics(model, torch.cat(xs[:2]), context(LENGTHS[:2], (0, 1)))
     second = statistics(model, torch.cat(xs[2:]), context(LENGTHS[2:], (2, 3)))
-    for name in ("block_1/attention_entropy", "block_1/total_variation", "block_1/kl"):
+    for name in ("attention_entropy/block1", "total_variation/block1", "kl_mean/block1"):
         for got, expected in zip(
             (a + b for a, b in zip(first[name], second[name], strict=True)), whole[name], strict=True
         ):
