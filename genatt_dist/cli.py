@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,21 +37,21 @@ def prepare(
         str, typer.Argument(help="ml-100k, synthetic[:users=N,…], or a file, directory or glob (any fsspec path).")
     ],
     out: Annotated[str, typer.Option(help="Directory to create.")],
-    items: Annotated[Optional[str], typer.Option(help="File of item attributes, joined on the item column.")] = None,
+    items: Annotated[str | None, typer.Option(help="File of item attributes, joined on the item column.")] = None,
     user_column: Annotated[str, typer.Option(help="Column of user ids.")] = "user_id",
     item_column: Annotated[str, typer.Option(help="Column of item ids.")] = "item_id",
     time_column: Annotated[
         str, typer.Option(help="Column of times; empty: the row order is the sequence.")
     ] = "timestamp",
     format: Annotated[str, typer.Option(help="auto, parquet or csv.")] = "auto",
-    separator: Annotated[Optional[str], typer.Option(help="CSV; default: tab for .tsv, else comma.")] = None,
+    separator: Annotated[str | None, typer.Option(help="CSV; default: tab for .tsv, else comma.")] = None,
     duplicates: Annotated[str, typer.Option(help="Rows to drop: none, exact or consecutive.")] = "none",
     min_user: Annotated[int, typer.Option(help="k-core: interactions a user must have.")] = 5,
     min_item: Annotated[int, typer.Option(help="k-core: interactions an item must have.")] = 5,
     num_shards: Annotated[int, typer.Option(help="Files the users are hashed over.")] = 8,
     seed: Annotated[int, typer.Option(help="Key of the order of users inside a file.")] = 0,
     id_type: Annotated[str, typer.Option(help="auto, or string: keep every id as text (007 is not 7).")] = "auto",
-    name: Annotated[Optional[str], typer.Option(help="Name of the data set; default: from the source.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: from the source.")] = None,
 ) -> None:
     """Turn a raw log (Parquet or CSV) into sequence shards with a manifest."""
     from pydantic import ValidationError
@@ -61,9 +61,10 @@ def prepare(
 
     try:
         config = PrepareConfig(
-            source=source, out=out, items=items, user_column=user_column, item_column=item_column, time_column=time_column,
-            format=format, separator=separator, duplicates=duplicates, min_user_interactions=min_user,
-            min_item_interactions=min_item, num_shards=num_shards, seed=seed, id_type=id_type, name=name,
+            source=source, out=out, items=items, user_column=user_column, item_column=item_column,
+            time_column=time_column, format=format, separator=separator, duplicates=duplicates,
+            min_user_interactions=min_user, min_item_interactions=min_item, num_shards=num_shards, seed=seed,
+            id_type=id_type, name=name,
         )  # type: ignore[arg-type]  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]
@@ -77,18 +78,17 @@ def prepare(
 @app.command(
     epilog=_examples(
         "genatt train configs/beauty_dot_product.yaml --run runs/beauty",
-        "genatt train configs/quickstart.yaml world_size=2 model.attention.type=diffusion --run runs/d --launcher deepspeed",
+        "genatt train configs/quickstart.yaml world_size=2 model.attention.type=diffusion --run runs/d "
+        "--launcher deepspeed",
     )
 )
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     run: Annotated[Path, typer.Option(help="Run directory to create.")],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")
     ] = None,
-    launcher: Annotated[
-        Optional[str], typer.Option(help="process, torchrun or deepspeed; default by world_size.")
-    ] = None,
+    launcher: Annotated[str | None, typer.Option(help="process, torchrun or deepspeed; default by world_size.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --run.")
     ] = False,
@@ -139,7 +139,8 @@ def evaluate(
 @app.command(
     epilog=_examples(
         "genatt recommend runs/beauty --users users.csv --k 10 --out top10.parquet",
-        "genatt recommend runs/beauty --users histories.parquet --out top10.parquet   (with an item column: raw histories)",
+        "genatt recommend runs/beauty --users histories.parquet --out top10.parquet   (with an item "
+        "column: raw histories)",
     )
 )
 def recommend(
@@ -177,7 +178,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     launcher: Annotated[str, typer.Option(help="torchrun or deepspeed.")] = "deepspeed",
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")
     ] = None,
 ) -> None:
     """Raw log → shards → three models on two ranks → evaluation → report."""
@@ -188,7 +189,9 @@ def quickstart(
 
 @app.command(epilog=_examples("genatt doctor", "genatt doctor --json"))
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check this machine: versions, GPU, compilers, shared memory, loopback, folders. Exit code 1 when something fails."""
+    """Check this machine: versions, GPU, compilers, shared memory, loopback, folders. Exit code 1 when something
+    fails.
+    """
     from dataclasses import asdict
 
     from genatt_dist.doctor import examine, print_table

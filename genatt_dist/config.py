@@ -1,7 +1,8 @@
-"""What a run is: one strict, typed configuration, read from YAML and `key=value` overrides and checked before any process starts.
+"""What a run is: one strict, typed configuration, read from YAML and `key=value` overrides and checked before any
+process starts.
 
-`load(path, overrides)` is the way in. An unknown key is an error that names the nearest known one; a combination that cannot
-work is refused here, with the reason, so that no worker ever meets it. Nothing in this module imports torch.
+`load(path, overrides)` is the way in. An unknown key is an error that names the nearest known one; a combination that
+cannot work is refused here, with the reason, so that no worker ever meets it. Nothing in this module imports torch.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class ModelConfig(Section):
     def _possible(self) -> ModelConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads share the width equally"
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads "
+                "share the width equally"
             )
         return self
 
@@ -203,12 +205,14 @@ class RunConfig(Section):
         attention, sharded = self.model.attention, self.table.kind == "sharded"
         if sharded and self.loss.kind == "full":
             raise ValueError(
-                "table.kind=sharded with loss.kind=full: no rank holds all rows to score; use loss.kind=sampled (or bce), "
+                "table.kind=sharded with loss.kind=full: no rank holds all rows to score; use "
+                "loss.kind=sampled (or bce), "
                 "or table.kind=replicated"
             )
         if sharded and self.training.accumulation_steps > 1:
             raise ValueError(
-                "table.kind=sharded with training.accumulation_steps > 1: the fused table optimizer updates rows inside every "
+                "table.kind=sharded with training.accumulation_steps > 1: the fused table optimizer "
+                "updates rows inside every "
                 "backward, so the micro-batches would be separate updates; raise training.batch_sequences instead"
             )
         if not sharded and self.table.learning_rate is not None:
@@ -218,15 +222,16 @@ class RunConfig(Section):
             )
         if self.training.precision == "bf16" and self.training.zero_stage == 0:
             raise ValueError(
-                "training.precision=bf16 with training.zero_stage=0: DeepSpeed's bf16 without ZeRO was measured ten times off "
+                "training.precision=bf16 with training.zero_stage=0: DeepSpeed's bf16 without ZeRO was "
+                "measured ten times off "
                 "with AdamW; use training.zero_stage=1"
             )
-        if isinstance(attention, VariationalAttention | DiffusionAttention):
-            if attention.condition == "last" and self.data.targets != "last":
-                raise ValueError(
-                    "model.attention.condition=last with data.targets=all: the last state has seen the targets of all earlier "
-                    "positions; use condition=prefix, or data.targets=last"
-                )
+        generated = isinstance(attention, VariationalAttention | DiffusionAttention)
+        if generated and attention.condition == "last" and self.data.targets != "last":
+            raise ValueError(
+                "model.attention.condition=last with data.targets=all: the last state has seen the targets of all "
+                "earlier positions; use condition=prefix, or data.targets=last"
+            )
         return self
 
 
@@ -285,7 +290,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors as: where, what was there, what may be there."""
-    location = [part for part in error["loc"]]
+    location = list(error["loc"])
     dotted = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         names = sorted(_fields(location[:-1]))

@@ -1,4 +1,6 @@
-"""The whole way on a small real data set: fetch, prepare, train three attention types, evaluate, report (`genatt quickstart`)."""
+"""The whole way on a small real data set: fetch, prepare, train three attention types, evaluate, report (`genatt
+quickstart`).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Keyed noise: every random number is a pure function of what it is for, never of rank, world size or batch layout (MATH §7.7).
+"""Keyed noise: every random number is a pure function of what it is for, never of rank, world size or batch layout
+(MATH §7.7).
 
-A key is an int64 tensor (or a Python int) that `derive` folds words into: seed, purpose, step, window id, position, block, head …
-Draws hash the key with a counter (SplitMix64's finaliser, Steele et al. 2014), so they are vectorised, stateless, and
-equal on CPU and GPU (normals to rounding). int64 arithmetic in torch wraps around, as the hash wants.
+A key is an int64 tensor (or a Python int) that `derive` folds words into: seed, purpose, step, window id, position,
+block, head … Draws hash the key with a counter (SplitMix64's finaliser, Steele et al. 2014), so they are vectorised,
+stateless, and equal on CPU and GPU (normals to rounding). int64 arithmetic in torch wraps around, as the hash wants.
 
 Legend: N keys (real tokens of the batch), M numbers a key.
 """
@@ -81,7 +82,9 @@ def bits(key: Tensor, count: int) -> Tensor:
 
 
 def uniform(key: Tensor, count: int) -> Tensor:
-    """`count` numbers in (0, 1) for each key: float32 of shape key.shape + (count,), on a grid of 2^-23 that excludes both ends."""
+    """`count` numbers in (0, 1) for each key: float32 of shape key.shape + (count,), on a grid of 2^-23 that excludes
+    both ends.
+    """
     return (_shift(bits(key, count), 41).float() + 0.5) * 2.0**-23
 
 
@@ -108,7 +111,8 @@ def integers(key: Tensor, count: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """The noise of one forward pass: a key for each real token, already holding seed, step (or request), window id and position.
+    """The noise of one forward pass: a key for each real token, already holding seed, step (or request), window id and
+    position.
 
     token_N: int64 keys of the real tokens. sequence_B: int64 keys of the sequences (for draws made once a sequence).
     """
@@ -118,7 +122,9 @@ class NoiseKey:
 
     @staticmethod
     def make(seed: int, step: int, window_B: Tensor, row_N: Tensor, position_N: Tensor) -> NoiseKey:
-        """Keys of a batch. window_B: ids of its windows; row_N, position_N: sequence and position of each real token."""
+        """Keys of a batch. window_B: ids of its windows; row_N, position_N: sequence and position of each real
+        token.
+        """
         sequence = derive(derive(seed, step), window_B)
         assert isinstance(sequence, Tensor)
         token = derive(sequence[row_N], position_N)

@@ -1,4 +1,5 @@
-"""Diffusion noise schedules: the cumulative signal share ᾱ_t for t = 0..T, in plain Python so that a config is checked without torch.
+"""Diffusion noise schedules: the cumulative signal share ᾱ_t for t = 0..T, in plain Python so that a config is checked
+without torch.
 
 Both are functions of u = t/T, so they are valid for every T ≥ 1 (MATH §5). Symbols: ᾱ_t `alpha_bar[t]`,
 β_t = 1 − ᾱ_t/ᾱ_{t−1}, SNR_t = ᾱ_t/(1 − ᾱ_t).
@@ -6,10 +7,11 @@ Both are functions of u = t/T, so they are valid for every T ≥ 1 (MATH §5). S
 
 from __future__ import annotations
 
+import itertools
 import math
 
-# ᾱ(1) of both schedules: exp(−0.1 − 9.95). Less would make few-step sampling divide by a vanishing signal; more would leave
-# signal at t = T, and sampling from N(0, I) would start off-distribution.
+# ᾱ(1) of both schedules: exp(−0.1 − 9.95). Less would make few-step sampling divide by a vanishing signal; more would
+# leave signal at t = T, and sampling from N(0, I) would start off-distribution.
 ALPHA_BAR_FLOOR = math.exp(-10.05)
 
 
@@ -17,7 +19,8 @@ def alpha_bar(kind: str, num_steps: int) -> list[float]:
     """ᾱ_0..ᾱ_T (T + 1 values, ᾱ_0 = 1) of schedule `linear` or `cosine`.
 
     linear: ᾱ(u) = exp(−0.1u − 9.95u²), the continuous form of DDPM's linear β (Ho et al. 2020) for any T.
-    cosine: ᾱ(u) = floor + (1 − floor)·f(u), f the squared cosine of Nichol & Dhariwal 2021 (offset 0.008), which by itself ends at 0.
+    cosine: ᾱ(u) = floor + (1 − floor)·f(u), f the squared cosine of Nichol & Dhariwal 2021 (offset 0.008), which by
+    itself ends at 0.
     """
     return [_VALUE[kind](step / num_steps) for step in range(num_steps + 1)]
 
@@ -25,7 +28,7 @@ def alpha_bar(kind: str, num_steps: int) -> list[float]:
 def check(kind: str, num_steps: int) -> None:
     """Raise ValueError unless 0 < ᾱ_T < 1e-3 and 0 < β_t < 1 for every t."""
     values = alpha_bar(kind, num_steps)
-    betas = [1 - after / before for before, after in zip(values, values[1:], strict=False)]
+    betas = [1 - after / before for before, after in itertools.pairwise(values)]
     if not 0 < values[-1] < 1e-3:
         raise ValueError(
             f"schedule={kind} with diffusion_steps={num_steps} ends at alpha_bar={values[-1]:.2e}, not in (0, 1e-3)"

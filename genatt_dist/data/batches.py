@@ -1,7 +1,8 @@
 """Global batches of equal numbers of tokens, the same for every world size, dealt evenly to the ranks.
 
-An epoch's plan is a pure function of (seed, epoch): windows are shuffled, sorted by length inside pools of a few batches (so that
-attention pads little), cut where the token budget is full, and the batches shuffled again. The cursor is (epoch, batch).
+An epoch's plan is a pure function of (seed, epoch): windows are shuffled, sorted by length inside pools of a few
+batches (so that attention pads little), cut where the token budget is full, and the batches shuffled again. The cursor
+is (epoch, batch).
 
 Legend: W windows, B sequences, N positions (real tokens) and M items of this rank's part.
 """
@@ -31,7 +32,8 @@ _WINDOW_BITS = 20
 class Batch:
     """One rank's part of a global batch.
 
-    items_M: int64 dense ids of the whole windows, M = N + B: a window of m + 1 items has m positions. layout: where the positions lie.
+    items_M: int64 dense ids of the whole windows, M = N + B: a window of m + 1 items has m positions. layout: where
+    the positions lie.
     window_B: int64 window ids. chosen: indices into N whose target is trained, or None for all.
     num_tokens, num_targets, num_sequences: real positions, trained targets and sequences of the *global* batch.
     """
@@ -76,7 +78,8 @@ class TrainingBatches:
     def plan(sequences: Sequences, data: DataConfig, training: TrainingConfig) -> TrainingBatches:
         """Cut windows of at most max_len positions (and their next items) from each user's training part.
 
-        `windows=last` takes the newest one of a user; `all` goes back from the end, so that each item is a target exactly once.
+        `windows=last` takes the newest one of a user; `all` goes back from the end, so that each item is a target
+        exactly once.
         """
         targets = sequences.history_end("train") - sequences.offsets[:-1] - 1
         users = np.flatnonzero(targets >= 1)
@@ -123,7 +126,8 @@ class TrainingBatches:
         least = min(len(batch) for batch in self.epoch(0))
         if least < world_size:
             raise GenattError(
-                f"world_size={world_size} ranks but a global batch holds as few as {least} sequences: every rank needs one; "
+                f"world_size={world_size} ranks but a global batch holds as few as {least} sequences: "
+                "every rank needs one; "
                 f"raise training.batch_sequences or lower world_size"
             )
 
@@ -157,8 +161,8 @@ class TrainingBatches:
 class Histories:
     """Users to rank items for: their newest positions, what they have seen, and (when known) the true next item.
 
-    items_N: int64; layout: positions; user_B: int64 index of the user (its noise key). seen_row_S, seen_item_S: int64 pairs
-    (row of the batch, item) to leave out. target_B: int64, or None.
+    items_N: int64; layout: positions; user_B: int64 index of the user (its noise key). seen_row_S, seen_item_S: int64
+    pairs (row of the batch, item) to leave out. target_B: int64, or None.
     """
 
     items_N: Tensor
@@ -193,7 +197,9 @@ class Histories:
 def evaluation_batches(
     sequences: Sequences, split: str, max_len: int, batch_users: int, rank: int, world_size: int, device: torch.device
 ) -> Iterator[Histories]:
-    """This rank's histories of every user that has a target in `split` (`valid` or `test`), in steps all ranks share."""
+    """This rank's histories of every user that has a target in `split` (`valid` or `test`), in steps all ranks
+    share.
+    """
     users = np.flatnonzero(sequences.has_targets)
     if len(users) < world_size:
         raise GenattError(

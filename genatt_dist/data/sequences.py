@@ -48,9 +48,10 @@ class Sequences:
         items = lists.flatten().to_numpy()
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum(pc.list_value_length(lists).to_numpy(), out=offsets[1:])
-        if len(items) and not (1 <= int(items.min()) and int(items.max()) <= manifest.num_items):
+        if len(items) and not (int(items.min()) >= 1 and int(items.max()) <= manifest.num_items):
             raise GenattError(
-                f"{path}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}; prepare the data again"
+                f"{path}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}; prepare "
+                "the data again"
             )
         vocabulary = shards.read_vocabulary(path, manifest)
         popularity = np.zeros(manifest.num_items + 1, np.int64)
@@ -73,7 +74,8 @@ class Sequences:
     def history_end(self, split: str) -> Ints:
         """Where each user's history ends for `train`, `valid` or `test`: int64 [U], an index into `items`.
 
-        Users long enough for the rule keep their last item for test and the one before for valid; others train with all they have.
+        Users long enough for the rule keep their last item for test and the one before for valid; others train with
+        all they have.
         """
         held_out = {"train": 2, "valid": 2, "test": 1}[split]
         return self.offsets[1:] - np.where(self.has_targets, held_out, 0)

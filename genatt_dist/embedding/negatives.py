@@ -17,8 +17,8 @@ from genatt_dist.attention.noise import Purpose, bits, derive, integers
 class Proposal:
     """A law q over the items 1..V.
 
-    kind: `uniform`; `log_uniform` (Zipf-like in the id, which is the frequency rank); `popularity` (training counts plus one, so that
-    no item has q = 0 and the correction stays unbiased).
+    kind: `uniform`; `log_uniform` (Zipf-like in the id, which is the frequency rank); `popularity` (training counts
+    plus one, so that no item has q = 0 and the correction stays unbiased).
     """
 
     def __init__(self, kind: str, num_items: int, popularity_V: Tensor, device: torch.device) -> None:

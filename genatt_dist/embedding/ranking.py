@@ -1,6 +1,8 @@
-"""Where the true next item stands among all items: exact ranks and the best k, in chunks, for a whole table or a shard of it.
+"""Where the true next item stands among all items: exact ranks and the best k, in chunks, for a whole table or a shard
+of it.
 
-Order: score descending, then id ascending. Items a user has seen score −∞ (also when the target is one of them: then it is missed).
+Order: score descending, then id ascending. Items a user has seen score −∞ (also when the target is one of them: then
+it is missed).
 Legend: B users, V rows of the shard, D width, S seen pairs, k items kept.
 """
 

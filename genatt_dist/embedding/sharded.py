@@ -1,8 +1,8 @@
 """The item table row-wise sharded over the ranks by TorchRec, with its optimizer fused into the backward pass.
 
-Reasons for the order of things (docs/architecture.md): the table is planned on every rank (a planner that fails on one rank only
-would leave the others waiting), it is never inside the module that DeepSpeed gets (DeepSpeed would broadcast and cast it), and each
-step looks ids up in one call (every lookup's backward is an optimizer step of its own).
+Reasons for the order of things (docs/architecture.md): the table is planned on every rank (a planner that fails on one
+rank only would leave the others waiting), it is never inside the module that DeepSpeed gets (DeepSpeed would broadcast
+and cast it), and each step looks ids up in one call (every lookup's backward is an optimizer step of its own).
 
 Legend: N ids, V rows on this rank, D width, B users of the global batch.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -25,10 +26,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from genatt_dist.config import TableConfig
-from genatt_dist.embedding.table import initial_rows
 from genatt_dist.embedding.ranking import Query, Ranking, merge, rank_shard, target_scores
+from genatt_dist.embedding.table import initial_rows
 
 _FEATURE = "item"
 _OPTIMIZERS = {
@@ -105,7 +105,9 @@ class ShardedTable:
         self._optimizer.step()  # a fused optimizer's step() only hands the rate to the kernel
 
     def rank(self, query: Query, k: int, chunk: int) -> Ranking:
-        """Every rank scores all users of the global batch against its own rows; counts are summed, the best k merged."""
+        """Every rank scores all users of the global batch against its own rows; counts are summed, the best k
+        merged.
+        """
         sizes = _gather_sizes(len(query.states_BD), self._device)
         seen_sizes = _gather_sizes(len(query.seen_row_S), self._device)
         rank = dist.get_rank()

@@ -25,7 +25,9 @@ class ItemTable(Protocol):
 
 
 def initial_rows(first: int, count: int, width: int, std: float, seed: int) -> Tensor:
-    """Rows first … first + count − 1 of a fresh table, N(0, std²), keyed by row: any sharding starts from the same table."""
+    """Rows first … first + count − 1 of a fresh table, N(0, std²), keyed by row: any sharding starts from the same
+    table.
+    """
     key = derive(derive(seed, int(Purpose.INITIAL)), torch.arange(first, first + count))
     assert isinstance(key, Tensor)
     rows = normal(key, width) * std

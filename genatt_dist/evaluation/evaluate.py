@@ -66,7 +66,8 @@ def evaluate(
     progress: Callable[[int], None] = lambda users: None,
     diagnose: bool = False,
 ) -> Result:
-    """Rank the targets of `split`. The backbone must be in evaluation mode; a sharded table needs every rank here at once.
+    """Rank the targets of `split`. The backbone must be in evaluation mode; a sharded table needs every rank here at
+    once.
 
     diagnose: add statistics of the attention maps of the first batch (`attention_entropy/block0` and so on).
     """
@@ -105,7 +106,9 @@ def evaluate(
 
 
 def query(states_BD: Tensor, histories: Histories, exclude_seen: bool) -> Query:
-    """What the table is asked for these users. Without targets (recommendation) id 0 stands in: its rank is not read."""
+    """What the table is asked for these users. Without targets (recommendation) id 0 stands in: its rank is not
+    read.
+    """
     kept = slice(None) if exclude_seen else slice(0)
     targets = histories.target_B if histories.target_B is not None else torch.zeros_like(histories.user_B)
     return Query(states_BD, histories.seen_row_S[kept], histories.seen_item_S[kept], targets)

@@ -18,7 +18,8 @@ from genatt_dist.evaluation.evaluate import Result, evaluate
 def evaluate_run(run: Path, split: str, progress: Callable[[int], None] = lambda users: None) -> dict[str, Any]:
     """Rank the targets of `split` with the run's best checkpoint.
 
-    Writes `evaluation-SPLIT.json` and each user's rank to `ranks-SPLIT.parquet` (what a paired comparison needs) into the run.
+    Writes `evaluation-SPLIT.json` and each user's rank to `ranks-SPLIT.parquet` (what a paired comparison needs) into
+    the run.
     """
     from genatt_dist.serving.trained import load
 

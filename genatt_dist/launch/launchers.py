@@ -1,6 +1,7 @@
 """The same worker under three launchers: a single process, torchrun, or the deepspeed launcher.
 
-`launch` starts it with the allocator and thread settings it needs, passes signals on, and ends the whole process group it made.
+`launch` starts it with the allocator and thread settings it needs, passes signals on, and ends the whole process group
+it made.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
 def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int) -> dict[str, str]:
     """The environment of the workers: cores shared out, and an allocator that keeps large buffers.
 
-    glibc gives large blocks back to the kernel after every step and takes them again in the next; kept, a CPU step was measured
+    glibc gives large blocks back to the kernel after every step and takes them again in the next; kept, a CPU step was
+    measured
     1.6 to 2.7 times faster (docs/architecture.md). What the user has set stays.
     """
     defaults = {
@@ -94,7 +96,8 @@ def _deepspeed(world_size: int, arguments: list[str], environment: dict[str, str
         raise GenattError(
             "the deepspeed launcher is not installed beside this Python: run `make setup`, or use --launcher torchrun"
         )
-    # The launcher starts `python` from PATH and, where several hosts are named, looks for PDSH; one host needs neither ssh.
+    # The launcher starts `python` from PATH and, where several hosts are named, looks for PDSH; one host needs neither
+    # ssh.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     return [

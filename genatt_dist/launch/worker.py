@@ -1,6 +1,7 @@
 """What every launcher starts on every rank: `python -m genatt_dist.launch.worker --run DIR --launcher NAME [--resume]`.
 
-A user's mistake ends the process with one line (told by rank 0 alone) and exit code 2; anything else is a bug and keeps its traceback.
+A user's mistake ends the process with one line (told by rank 0 alone) and exit code 2; anything else is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ USER_ERROR = 2
 
 
 def main() -> None:
+    """Train on this rank as the arguments say."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--launcher", required=True)

@@ -1,7 +1,8 @@
 """Full-softmax cross-entropy over the catalogue without ever holding all logits (MATH §2).
 
-The gradients are made in the forward pass, chunk by chunk, where the probabilities exist anyway: the loss is linear in each
-target's negative log-likelihood, so backward only scales them. Three matrix products in all, as many as the unchunked loss needs.
+The gradients are made in the forward pass, chunk by chunk, where the probabilities exist anyway: the loss is linear in
+each target's negative log-likelihood, so backward only scales them. Three matrix products in all, as many as the
+unchunked loss needs.
 
 Legend: N targets, V items, D width, C targets of a chunk.
 """
@@ -15,7 +16,9 @@ from torch import Tensor
 
 
 def full_loss(states_ND: Tensor, items_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int) -> Tensor:
-    """Σ_n weight_n · (logsumexp_v o_nv − o_n,target), o = states · itemsᵀ. targets_N: int64 rows of items_VD. Scalar float32."""
+    """Σ_n weight_n · (logsumexp_v o_nv − o_n,target), o = states · itemsᵀ. targets_N: int64 rows of items_VD. Scalar
+    float32.
+    """
     if not torch.is_grad_enabled():
         return (weight_N * full_nll(states_ND, items_VD, targets_N, chunk)).sum()
     loss: Tensor = _FullLoss.apply(states_ND, items_VD, targets_N, weight_N, chunk)

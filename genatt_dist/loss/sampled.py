@@ -1,8 +1,8 @@
 """Losses over a few candidates: sampled softmax with logQ correction, and binary cross-entropy with one negative.
 
-Sampled softmax estimates the softmax's denominator Σ_j exp(o_j) without bias: the target is there for certain, every other item j
-is drawn with expected count K·q_j and enters as exp(o_j − log K·q_j) (Bengio & Senécal 2008; "logQ", Yi et al. 2019). Draws that hit
-the target are masked, since it is counted already.
+Sampled softmax estimates the softmax's denominator Σ_j exp(o_j) without bias: the target is there for certain, every
+other item j is drawn with expected count K·q_j and enters as exp(o_j − log K·q_j) (Bengio & Senécal 2008; "logQ", Yi
+et al. 2019). Draws that hit the target are masked, since it is counted already.
 
 Legend: N targets, K shared negatives, D width.
 """
@@ -24,7 +24,8 @@ def sampled_nll(
 ) -> Tensor:
     """Each target's negative log-likelihood under the sampled softmax: float32 [N].
 
-    targets_N, negatives_K: int64 item ids. log_expected_K: log of each negative's expected count among the draws, log K·q.
+    targets_N, negatives_K: int64 item ids. log_expected_K: log of each negative's expected count among the draws, log
+    K·q.
     """
     target_N = (states_ND * target_rows_ND).sum(-1).float()
     negative_NK = (states_ND @ negative_rows_KD.T).float() - log_expected_K
@@ -35,7 +36,9 @@ def sampled_nll(
 def bce_nll(
     states_ND: Tensor, target_rows_ND: Tensor, negative_rows_ND: Tensor, targets_N: Tensor, negatives_N: Tensor
 ) -> Tensor:
-    """SASRec's original loss, −log σ(o_target) − log(1 − σ(o_negative)): float32 [N]. A negative that is the target counts nothing."""
+    """SASRec's original loss, −log σ(o_target) − log(1 − σ(o_negative)): float32 [N]. A negative that is the target
+    counts nothing.
+    """
     target_N = (states_ND * target_rows_ND).sum(-1).float()
     negative_N = (states_ND * negative_rows_ND).sum(-1).float()
     return F.softplus(-target_N) + F.softplus(negative_N) * (targets_N != negatives_N)

@@ -1,4 +1,6 @@
-"""The best k items for known users, or for raw histories of unknown ones, from a Parquet or CSV file to a Parquet file."""
+"""The best k items for known users, or for raw histories of unknown ones, from a Parquet or CSV file to a Parquet
+file.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
 
 from data_pipeline import format as shards
@@ -33,8 +34,8 @@ class Requests:
 
 
 def read_requests(path: Path, trained: Trained) -> Requests:
-    """Read who asks. A file with the data's item column holds raw histories (in time order: by the time column if it has one,
-    else by row); without it, users the model was trained on.
+    """Read who asks. A file with the data's item column holds raw histories (in time order: by the time column if it
+    has one, else by row); without it, users the model was trained on.
     """
     names = trained.sequences.manifest.config
     user, item, time = str(names["user_column"]), str(names["item_column"]), names.get("time_column")
@@ -61,7 +62,9 @@ def read_requests(path: Path, trained: Trained) -> Requests:
 def recommend(
     trained: Trained, requests: Requests, k: int, progress: Callable[[int], None] = lambda users: None
 ) -> pl.DataFrame:
-    """k rows a user: user_id, rank (from 1), item_id (original), score. Items in the history are left out if evaluation did so."""
+    """k rows a user: user_id, rank (from 1), item_id (original), score. Items in the history are left out if
+    evaluation did so.
+    """
     if not 1 <= k <= trained.sequences.num_items:
         raise GenattError(f"k={k} is not between 1 and the catalogue's {trained.sequences.num_items} items")
     vocabulary = shards.read_vocabulary(trained.config.data.path, trained.sequences.manifest)
@@ -127,7 +130,8 @@ def _known(users: pl.Series, path: Path, trained: Trained) -> Requests:
     found = asked.drop_nulls("row")
     if not found.height:
         raise GenattError(
-            f"{path}: none of its {users.len()} users is in {sequences.manifest.name}; give histories: add an item column"
+            f"{path}: none of its {users.len()} users is in {sequences.manifest.name}; give histories: add "
+            "an item column"
         )
     index = found["row"].to_numpy().astype(np.int64)
     notes = [

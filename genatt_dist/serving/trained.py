@@ -1,4 +1,6 @@
-"""A trained model in one process: the best checkpoint's dense model with all item rows, whatever ranks and tables trained it."""
+"""A trained model in one process: the best checkpoint's dense model with all item rows, whatever ranks and tables
+trained it.
+"""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class TablePart:
 
 
 def folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of update `step` lies."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -115,11 +116,13 @@ def verify(path: Path) -> None:
             raise GenattError(f"checkpoint {path}: {name} is missing; remove this checkpoint to use an older one")
         if (found := _sha256(path / name)) != expected:
             raise GenattError(
-                f"checkpoint {path}: {name} has sha256 {found[:12]}…, {expected[:12]}… was written; remove this checkpoint to use an older one"
+                f"checkpoint {path}: {name} has sha256 {found[:12]}…, {expected[:12]}… was written; remove "
+                "this checkpoint to use an older one"
             )
 
 
 def read_progress(path: Path) -> Progress:
+    """Where the run stood when the checkpoint was written."""
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
@@ -130,7 +133,9 @@ def read_dense(path: Path) -> dict[str, Tensor]:
 
 
 def read_table(path: Path, first_row: int, num_rows: int, with_optimizer: bool = True) -> TablePart | None:
-    """Rows first_row … first_row + num_rows − 1, whichever ranks wrote them; None when the checkpoint has no sharded table."""
+    """Rows first_row … first_row + num_rows − 1, whichever ranks wrote them; None when the checkpoint has no sharded
+    table.
+    """
     pieces: dict[str, list[Tensor]] = {}
     for file_path in sorted(path.glob("table-*.safetensors")):
         with safe_open(file_path, framework="pt") as file:

@@ -1,7 +1,7 @@
 """The one place that speaks to DeepSpeed: process group, engine, and its optimizer state by parameter name.
 
-DeepSpeed owns the dense module and nothing else. Loss shares are scaled by the world size outside, because DeepSpeed (as TorchRec)
-averages gradients over the ranks.
+DeepSpeed owns the dense module and nothing else. Loss shares are scaled by the world size outside, because DeepSpeed
+(as TorchRec) averages gradients over the ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def init_process_group(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # The shared-memory all-reduce is compiled for a minute on first use and gains nothing over gloo for a small dense model.
+    # The shared-memory all-reduce is compiled for a minute on first use and gains nothing over gloo for a small dense
+    # model.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
@@ -121,7 +122,9 @@ class Engine:
         return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take what `state` gave, at any world size and ZeRO stage; `step` is the number of updates behind it. Collective."""
+        """Take what `state` gave, at any world size and ZeRO stage; `step` is the number of updates behind it.
+        Collective.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         stage = self._engine.zero_optimization_stage()

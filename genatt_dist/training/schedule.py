@@ -1,4 +1,6 @@
-"""How rates and weights move over the steps of a run: factors of the step number alone, so that a resumed run goes on unchanged."""
+"""How rates and weights move over the steps of a run: factors of the step number alone, so that a resumed run goes on
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from genatt_dist.config import TrainingConfig
 
 
 def rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update `step` (from 0) as a share of its peak: linear warm-up, then constant, linear or cosine decay."""
+    """Learning rate of update `step` (from 0) as a share of its peak: linear warm-up, then constant, linear or cosine
+    decay.
+    """
     warmup_steps = round(config.warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -18,5 +22,7 @@ def rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
 
 
 def gamma_factor(warmup: float, step: int, total_steps: int) -> float:
-    """Weight of the generative loss at update `step` as a share of γ: linear from 0 to 1 over the first `warmup` of the run."""
+    """Weight of the generative loss at update `step` as a share of γ: linear from 0 to 1 over the first `warmup` of
+    the run.
+    """
     return min(1.0, step / (warmup * total_steps)) if warmup else 1.0

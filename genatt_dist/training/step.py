@@ -1,11 +1,14 @@
-"""One training step: TorchRec's rows, DeepSpeed's dense model and one loss joined so that neither sees the other's parameters.
+"""One training step: TorchRec's rows, DeepSpeed's dense model and one loss joined so that neither sees the other's
+parameters.
 
 Order within a step, and why:
-1. candidates are drawn (keyed: the same on every rank), so that histories, targets and negatives are looked up in one call;
+1. candidates are drawn (keyed: the same on every rank), so that histories, targets and negatives are looked up in one
+   call;
 2. a sharded table looks them up outside DeepSpeed; a replicated one inside the dense module, which owns it;
-3. the loss is Σ over the global batch's targets / their number; each rank adds its share, times the world size because both
-   DeepSpeed and TorchRec average over ranks;
-4. one backward: the fused table optimizer updates rows in it (so its rate is set before), DeepSpeed reduces dense gradients;
+3. the loss is Σ over the global batch's targets / their number; each rank adds its share, times the world size because
+   both DeepSpeed and TorchRec average over ranks;
+4. one backward: the fused table optimizer updates rows in it (so its rate is set before), DeepSpeed reduces dense
+   gradients;
 5. the dense optimizer steps.
 
 Legend: B sequences, N positions, M window items, D width, K samples of the map.
@@ -40,7 +43,9 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """What turns sums into shares of one update: all its real tokens and targets, over ranks and accumulated batches."""
+    """What turns sums into shares of one update: all its real tokens and targets, over ranks and accumulated
+    batches.
+    """
 
     num_tokens: int
     num_targets: int
@@ -68,7 +73,9 @@ class DenseModel(nn.Module):
         scale: Scale,
         total: Callable[[Tensor], Tensor],
     ) -> Losses:
-        """Shares of both losses. rows: those of `candidates.ids` from a sharded table, or None to use the replicated one."""
+        """Shares of both losses. rows: those of `candidates.ids` from a sharded table, or None to use the replicated
+        one.
+        """
         if rows is None:
             assert self.items is not None
             rows = self.items(candidates.ids)
@@ -104,8 +111,8 @@ class DenseModel(nn.Module):
         ones_N = torch.ones(len(targets_N), device=targets_N.device)
         if len(states_K) == 1:
             return full_loss(states_K[0], weight_VD, targets_N, ones_N, chunk)
-        # d/dθ of −log mean_k exp(−nll_k) is Σ_k softmax(−nll)_k · d nll_k/dθ: fixed weights turn it into the linear loss that
-        # `full_loss` differentiates, and its value is put right afterwards.
+        # d/dθ of −log mean_k exp(−nll_k) is Σ_k softmax(−nll)_k · d nll_k/dθ: fixed weights turn it into the linear
+        # loss that `full_loss` differentiates, and its value is put right afterwards.
         nll_KN = torch.stack([full_nll(states_ND, weight_VD, targets_N, chunk) for states_ND in states_K])
         share_KN = torch.softmax(-nll_KN, 0)
         linear = full_loss(torch.cat(states_K), weight_VD, targets_N.repeat(len(states_K)), share_KN.flatten(), chunk)
@@ -140,7 +147,9 @@ class JointStep:
         self._candidature, self._lookup, self._world_size, self._total = candidature, lookup, world_size, total
 
     def __call__(self, batches: list[Batch], step: int, gamma: float) -> Losses:
-        """Forward, backward and update; returns the update's loss shares, detached. gamma: weight of the generative loss."""
+        """Forward, backward and update; returns the update's loss shares, detached. gamma: weight of the generative
+        loss.
+        """
         scale = Scale(sum(batch.num_tokens for batch in batches), sum(batch.num_targets for batch in batches))
         shares = []
         for index, batch in enumerate(batches):

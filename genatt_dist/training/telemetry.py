@@ -75,7 +75,9 @@ class Telemetry:
 
 
 def write_environment(run: Path, device: torch.device) -> None:
-    """environment.json: versions and hardware of this run. No variables of the environment: they may hold credentials."""
+    """environment.json: versions and hardware of this run. No variables of the environment: they may hold
+    credentials.
+    """
     packages = ("torch", "torchrec", "deepspeed", "ray", "pyarrow", "numpy", "genatt-dist")
     environment: dict[str, Any] = {
         "python": platform.python_version(),

@@ -211,7 +211,8 @@ class _Trainer:
         self._telemetry.record("valid", progress.step, {"epoch": progress.epoch, **result.metrics})
         self._telemetry.say(
             f"{self._config.model.attention.type}: epoch {progress.epoch}/{self._config.training.epochs}  "
-            f"valid {SELECTION} {metric:.4f}  recall@10 {result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
+            f"valid {SELECTION} {metric:.4f}  recall@10 "
+            f"{result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
             f"[{progress.seconds:.0f} s, {progress.sequences / progress.step_seconds:,.0f} sequences/s]"
         )
 
@@ -239,7 +240,8 @@ class _Trainer:
         progress = checkpoint.read_progress(path)
         if progress.manifest_hash != self._progress.manifest_hash:
             raise GenattError(
-                f"checkpoint {path} was trained on data with manifest {progress.manifest_hash[:12]}…, {self._config.data.path} has "
+                f"checkpoint {path} was trained on data with manifest {progress.manifest_hash[:12]}…, "
+                f"{self._config.data.path} has "
                 f"{self._progress.manifest_hash[:12]}…: resume with the data it began with"
             )
         self._engine.load_state(checkpoint.read_dense(path), progress.step)
