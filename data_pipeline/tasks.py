@@ -30,7 +30,7 @@ def read_block(batch: pa.Table, plan: Plan, config: PrepareConfig) -> pa.Table:
 def order_shard(batch: pa.Table, blocks: list[ray.ObjectRef], config: PrepareConfig) -> pa.Table:
     """Gathers the shard whose number is in `batch["shard"]` from all `blocks`.
 
-    Ray Data's own hash shuffle takes 2 to 6 s for what takes 0.2 s so: it starts actors, this reads shared memory.
+    Not Ray Data's own hash shuffle: that starts actors, this reads shared memory.
     """
     shard = batch["shard"][0].as_py()
     parts = [interactions.shard_slice(_polars(block), shard) for block in ray.get(blocks)]

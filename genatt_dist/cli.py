@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_USER_ERROR = 2
+_USER_ERROR, _INTERRUPTED = 2, 130
 
 
 def _examples(*lines: str) -> str:
@@ -68,10 +68,11 @@ def prepare(
         )  # type: ignore[arg-type]  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise GenattError(
-            f"{where or 'options'}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            option = str(first["loc"][0]).removesuffix("_interactions").replace("_", "-")
+            message = f"--{option} {first['input']!r}: {message[:1].lower()}{message[1:]}"
+        raise GenattError(message) from None
     run(config)
 
 
@@ -208,13 +209,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130; a traceback is a bug."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except GenattError as error:
-        _stderr().print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(_USER_ERROR)
-    except KeyboardInterrupt:
+        code = _tell(str(error))
+    except Exception as error:
+        # A wrong option. Its class has no public name that all versions of typer share, but the method is theirs alone.
+        if not hasattr(error, "format_message"):
+            raise
+        if not (message := " ".join(error.format_message().split())):
+            sys.exit(_USER_ERROR)  # no arguments at all: the help was printed
+        context = getattr(error, "ctx", None)
+        code = _tell(f"{message.rstrip('.')}: see {context.command_path if context else 'genatt'} --help")
+    if code == _INTERRUPTED:
         _stderr().print("stopped", style="red")
-        sys.exit(130)
+    sys.exit(code)
+
+
+def _tell(message: str) -> int:
+    _stderr().print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return _USER_ERROR
 
 
 def _stderr() -> Console:

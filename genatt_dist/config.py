@@ -58,12 +58,23 @@ class _Generated(Section):
         "states", description="c_i = S_i, [S_i; X_i] or nothing."
     )
     condition: Literal["prefix", "last"] = Field("prefix", description="Row i sees S_i, or every row the last state.")
-    relative_bias: bool = Field(True, description="Learned bias b_{i-j} on factor-form logits.")
+    relative_bias: bool = Field(
+        True, description="Learned bias b_{i-j} on factor-form logits; ignored by the matrix form, which has its own."
+    )
     query_projection: bool = Field(False, description="Add x W_Q to the generated query (factor form).")
     value_projection: bool = Field(False, description="V = X W_V instead of V = X.")
     free_bits: float = Field(0.05, ge=0, description="nat per latent dimension that the KL is not pushed below.")
     gamma: float = Field(1.0, ge=0, description="Weight of the generative loss.")
     gamma_warmup: float = Field(0.1, ge=0, le=1, description="Share of all steps over which gamma rises from 0.")
+
+    @model_validator(mode="after")
+    def _form_has_query(self) -> _Generated:
+        if self.query_projection and self.form == "matrix":
+            raise ValueError(
+                "query_projection=true with form=matrix: only the factor form has a query to project; "
+                "use form=factor, or query_projection=false"
+            )
+        return self
 
 
 class VariationalAttention(_Generated):
@@ -226,8 +237,8 @@ class RunConfig(Section):
                 "measured ten times off "
                 "with AdamW; use training.zero_stage=1"
             )
-        generated = isinstance(attention, VariationalAttention | DiffusionAttention)
-        if generated and attention.condition == "last" and self.data.targets != "last":
+        conditioned = "prefix" if isinstance(attention, DotProductAttention) else attention.condition
+        if conditioned == "last" and self.data.targets != "last":
             raise ValueError(
                 "model.attention.condition=last with data.targets=all: the last state has seen the targets of all "
                 "earlier positions; use condition=prefix, or data.targets=last"
@@ -247,6 +258,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise GenattError(
             f"cannot read config {path}: {error.strerror}; name an existing YAML file, for example from configs/"
         ) from None
+    except UnicodeDecodeError:
+        raise GenattError(f"config {path} is not a text file in UTF-8: name a YAML file") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -278,7 +291,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for name in parents:
-        child = node.setdefault(name, {})
+        if node.get(name) is None:
+            node[name] = {}  # `model:` with nothing under it is an empty section
+        child = node[name]
         if not isinstance(child, dict):
             raise GenattError(f"override {override!r}: {name} is the value {child!r}, not a section")
         node = child
@@ -290,8 +305,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One of pydantic's errors as: where, what was there, what may be there."""
-    location = list(error["loc"])
-    dotted = ".".join(str(part) for part in location)
+    location = error["loc"]
+    dotted = ".".join(str(part) for part in _keys(location))
     if error["type"] == "extra_forbidden":
         names = sorted(_fields(location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
@@ -300,9 +315,24 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{dotted}: {message}" if dotted else message
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given, known = error["input"].get("type"), [kind.model_fields["type"].default for kind in _sections(Attention)]
+        near = difflib.get_close_matches(str(given), known, n=1)
+        wrong = f"{dotted}.type={given} is unknown" if given else f"{dotted}.type is missing"
+        return f"{wrong}: {f'did you mean {near[0]}? ' if near else ''}use {', '.join(known)}"
     if error["type"] == "missing":
         return f"{dotted} is missing: set it in the file or give {dotted}=VALUE"
     return f"{dotted}={error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _keys(location: Sequence[Any]) -> list[Any]:
+    """A location as the user wrote it: without the tag that pydantic puts after the name of a union."""
+    tags = {kind.model_fields["type"].default for kind in _sections(Attention)}
+    return [
+        part
+        for before, part in zip((None, *location), location, strict=False)
+        if before != "attention" or part not in tags
+    ]
 
 
 def _fields(location: Sequence[Any]) -> set[str]:

@@ -14,24 +14,24 @@ from rich.console import Console
 
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
+from data_pipeline.format import MANIFEST
 from data_pipeline.prepare import prepare
 from genatt_dist import config as configuration
 from genatt_dist import runs
 
 ATTENTIONS = ("dot_product", "variational", "diffusion")
 _CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-_OWN = "report.json"
+_MADE_HERE = {"shards", *ATTENTIONS, "report.html", "report.json"}
 
 
 def quickstart(source: str, out: Path, launcher: str, overrides: list[str], console: Console) -> dict[str, Any]:
     """Run it into `out` and return the report that `report.json` holds. An earlier quickstart in `out` is replaced."""
-    if out.exists() and any(out.iterdir()) and not (out / "shards").exists():
-        raise GenattError(f"{out} exists and no quickstart made it: choose another --out")
+    _check_replaceable(out)
     config = configuration.load(_CONFIG, [*overrides, f"data.path={out / 'shards'}"])
+    runs.check_launcher(launcher, config.world_size)
     started = time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
     console.rule("1/3 prepare")
-    prepare(PrepareConfig(source=source, out=str(out / "shards"), num_shards=2))
+    _prepare(source, out)
     summaries = {}
     for number, attention in enumerate(ATTENTIONS, 1):
         console.rule(
@@ -49,6 +49,30 @@ def quickstart(source: str, out: Path, launcher: str, overrides: list[str], cons
     print_table(report)
     console.print(f"{time.perf_counter() - started:.0f} s in all. Report: {out / 'report.html'}", highlight=False)
     return report
+
+
+def _check_replaceable(out: Path) -> None:
+    """`out` will be deleted, so all that is in it must be an earlier quickstart's."""
+    if not out.exists():
+        return
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if names - _MADE_HERE or (names and not (out / "shards" / MANIFEST).exists()):
+        raise GenattError(f"{out} exists and no quickstart made all of it: choose another --out")
+
+
+def _prepare(source: str, out: Path) -> None:
+    """Fresh shards in `out`. What an earlier quickstart left there goes only when they are complete."""
+    whole = out.resolve()
+    staging = whole.with_name(f".{whole.name}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        prepare(PrepareConfig(source=source, out=str(staging), num_shards=2))
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        staging.rename(out / "shards")
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

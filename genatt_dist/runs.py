@@ -28,12 +28,7 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
     Raises GenattError; a run that could not be started leaves nothing behind.
     """
     launcher = launcher or ("process" if config.world_size == 1 else "deepspeed")
-    if launcher not in LAUNCHERS:
-        raise GenattError(f"launcher={launcher} is unknown: use {', '.join(LAUNCHERS)}")
-    if launcher == "process" and config.world_size > 1:
-        raise GenattError(
-            f"launcher=process runs one rank, but world_size={config.world_size}: use torchrun or deepspeed"
-        )
+    check_launcher(launcher, config.world_size)
     if resume:
         _check_same(config, run)
     elif run.exists():
@@ -50,13 +45,28 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
     return summary
 
 
+def check_launcher(launcher: str, world_size: int) -> None:
+    """Whether there is such a launcher and it can start so many ranks."""
+    if launcher not in LAUNCHERS:
+        raise GenattError(f"launcher={launcher} is unknown: use {', '.join(LAUNCHERS)}")
+    if launcher == "process" and world_size > 1:
+        raise GenattError(f"launcher=process runs one rank, but world_size={world_size}: use torchrun or deepspeed")
+
+
 def check_data(config: RunConfig) -> None:
-    """Whether the shards are whole (sha256) and every rank gets a sequence of every batch."""
+    """Whether the shards are whole (sha256), every rank gets a sequence of every batch, and there is a user to
+    validate on for each.
+    """
     from genatt_dist.data.batches import TrainingBatches
     from genatt_dist.data.sequences import Sequences
 
     sequences = Sequences.read(config.data.path, verify=True)
-    TrainingBatches.plan(sequences, config.data, config.training).check(config.world_size)
+    TrainingBatches.plan(sequences, config.data, config.training).check(config.world_size, config.training.epochs)
+    if (held_out := int(sequences.has_targets.sum())) < config.world_size:
+        raise GenattError(
+            f"{sequences.manifest.name}: {held_out} users have the {sequences.manifest.split.min_length} interactions "
+            f"that validation needs, fewer than world_size={config.world_size}: prepare it with more users"
+        )
 
 
 def read_config(run: Path) -> RunConfig:

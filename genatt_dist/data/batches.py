@@ -95,40 +95,53 @@ class TrainingBatches:
                 f"{sequences.manifest.name}: no user has two training interactions, so nothing can be learnt from it"
             )
         lengths = ends - starts
-        updates = round(len(lengths) / (training.batch_sequences * training.accumulation_steps))
+        accumulated = training.accumulation_steps
+        if len(lengths) < accumulated:
+            raise GenattError(
+                f"{sequences.manifest.name}: {len(lengths)} training windows cannot fill training.accumulation_steps="
+                f"{accumulated} batches: lower training.accumulation_steps"
+            )
+        updates = min(round(len(lengths) / (training.batch_sequences * accumulated)), len(lengths) // accumulated)
         return TrainingBatches(
             items=sequences.items,
             starts=starts,
             lengths=lengths,
             windows=(user << _WINDOW_BITS) + index,
-            num_batches=max(1, updates) * training.accumulation_steps,
+            num_batches=max(1, updates) * accumulated,
             last_target_only=data.targets == "last",
             seed=training.seed,
         )
 
     def epoch(self, epoch: int) -> list[Ints]:
-        """The global batches of one epoch: for each, the indices of its windows. Every window is in exactly one."""
+        """The global batches of one epoch: for each, the indices of its windows. Every window is in exactly one, and
+        no batch is empty: their number is the same in every epoch.
+        """
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         shuffled = random.permutation(len(self.starts))
         num_pools = -(-self.num_batches // POOL_BATCHES)
         batches: list[Ints] = []
-        for pool, members in enumerate(np.array_split(shuffled, num_pools)):
-            share = self.num_batches * (pool + 1) // num_pools - self.num_batches * pool // num_pools
+        shares = [len(part) for part in np.array_split(np.arange(self.num_batches), num_pools)]
+        for share, members in zip(shares, np.array_split(shuffled, num_pools), strict=True):
             members = members[np.argsort(self.lengths[members], kind="stable")]
             filled = np.cumsum(self.lengths[members])
-            cuts = np.searchsorted(filled, filled[-1] * np.arange(1, share) / share) if len(members) else []
-            batches += np.split(members, cuts)
-        batches = [batch for batch in batches if len(batch)]
+            cut = np.arange(1, share)
+            # At least one window each: a window longer than a batch's tokens would leave the next ones empty.
+            after = np.maximum.accumulate(np.searchsorted(filled, filled[-1] * cut / share) - cut) + cut
+            batches += np.split(members, np.clip(after, cut, len(members) - share + cut))
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def check(self, world_size: int) -> None:
-        """Raise GenattError when some rank would get no sequence."""
+    def check(self, world_size: int, epochs: int = 1) -> None:
+        """Raise GenattError when some rank would get no sequence in one of the first `epochs` epochs.
+
+        Only where the first comes near are the others looked at: shuffling changes the smallest batch a little.
+        """
         least = min(len(batch) for batch in self.epoch(0))
+        if least <= 2 * world_size:
+            least = min([least, *(len(batch) for epoch in range(1, epochs) for batch in self.epoch(epoch))])
         if least < world_size:
             raise GenattError(
                 f"world_size={world_size} ranks but a global batch holds as few as {least} sequences: "
-                "every rank needs one; "
-                f"raise training.batch_sequences or lower world_size"
+                "every rank needs one; raise training.batch_sequences or lower world_size"
             )
 
     def iterate(self, epoch: int, first: int, rank: int, world_size: int, device: torch.device) -> Iterator[Batch]:

@@ -26,7 +26,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Ranking:
-    """ahead_B: items ordered before the target (int64). top_Bk, score_Bk: ids and scores of the best k, best first."""
+    """ahead_B: items not ordered after the target (int64), so a score that is no number counts as a miss.
+
+    top_Bk, score_Bk: ids and scores of the best k, best first; items of equal score stand there in any order, and where
+    fewer than k are left the id is 0 and the score −∞.
+    """
 
     ahead_B: Tensor
     top_Bk: Tensor
@@ -59,14 +63,14 @@ def rank_shard(query: Query, rows_VD: Tensor, first_id: int, target_score_B: Ten
         begin, end = torch.searchsorted(seen_item_S, torch.stack((ids_C[0], ids_C[-1] + 1))).tolist()
         logits_BC[seen_row_S[begin:end], seen_item_S[begin:end] - ids_C[0]] = float("-inf")
         target_B1, score_B1 = query.target_B[:, None], target_score_B[:, None]
-        ahead_BC = (logits_BC > score_B1) | ((logits_BC == score_B1) & (ids_C < target_B1))
-        ahead_B += (ahead_BC & (ids_C != target_B1)).sum(1)
+        behind_BC = (logits_BC < score_B1) | ((logits_BC == score_B1) & (ids_C > target_B1))
+        ahead_B += (~behind_BC & (ids_C != target_B1)).sum(1)
         best_Bk, index_Bk = logits_BC.topk(min(k, logits_BC.shape[1]), dim=1)
         score_Bk, top_Bk = merge(torch.cat((score_Bk, best_Bk), 1), torch.cat((top_Bk, ids_C[index_Bk]), 1), k)
     return Ranking(ahead_B, top_Bk, score_Bk)
 
 
 def merge(score_BM: Tensor, id_BM: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of M scored ids, best first."""
+    """The best k of M scored ids, best first; id 0 where the score is −∞."""
     score_Bk, index_Bk = score_BM.topk(k, dim=1)
-    return score_Bk, id_BM.gather(1, index_Bk)
+    return score_Bk, id_BM.gather(1, index_Bk).masked_fill(score_Bk == float("-inf"), 0)

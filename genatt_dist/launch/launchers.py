@@ -58,19 +58,18 @@ def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int)
     return {**defaults, **base}
 
 
+def single_process() -> dict[str, str]:
+    """What a launcher would say to the one rank of a world of one."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address
+
+
 def _process(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
     if world_size != 1:
         raise GenattError(
             f"launcher=process runs one rank, but world_size={world_size}: use --launcher torchrun or deepspeed"
         )
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    environment.update(alone)
+    environment.update(single_process())
     return [sys.executable, "-m", _WORKER, *arguments]
 
 

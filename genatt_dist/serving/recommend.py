@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 
 from data_pipeline import format as shards
@@ -24,12 +25,17 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Requests:
-    """Histories of dense ids: user i's are items[first[i]:end[i]]. notes: what was skipped, one line each."""
+    """Histories of dense ids: user i's are items[first[i]:end[i]].
+
+    key_U: what a user's noise hangs on: its index in the data set, so that any file of users gives it the same list;
+    of raw histories the row. notes: what was skipped, one line each.
+    """
 
     user_ids: pl.Series
     items: np.ndarray
     first: Ints
     end: Ints
+    key_U: Ints
     notes: list[str]
 
 
@@ -39,7 +45,7 @@ def read_requests(path: Path, trained: Trained) -> Requests:
     """
     names = trained.sequences.manifest.config
     user, item, time = str(names["user_column"]), str(names["item_column"]), names.get("time_column")
-    table = _read(path)
+    table = _read(path, _text_columns(trained, user, item))
     if user not in table.columns:
         raise GenattError(
             f"{path} has no column {user}: it has {', '.join(table.columns)}; rename the users' column to {user}"
@@ -75,7 +81,12 @@ def recommend(
         here = slice(low, low + evaluation.batch_users)
         rows = np.arange(low, min(low + evaluation.batch_users, len(requests.user_ids)))
         histories = Histories.of(
-            requests.items, requests.first[here], requests.end[here], rows, trained.config.data.max_len, trained.device
+            requests.items,
+            requests.first[here],
+            requests.end[here],
+            requests.key_U[here],
+            trained.config.data.max_len,
+            trained.device,
         )
         with torch.no_grad():
             rows_ND = trained.table.lookup(histories.items_N)
@@ -109,11 +120,20 @@ def write(table: pl.DataFrame, out: Path) -> None:
         raise GenattError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _text_columns(trained: Trained, user: str, item: str) -> dict[str, type[pl.String]]:
+    """Id columns that are text in the data set: read from CSV as such, 007 stays 007."""
+    vocabulary = shards.read_vocabulary(trained.config.data.path, trained.sequences.manifest)
+    types = {user: trained.sequences.user_ids.type, item: vocabulary.schema.field("item_id").type}
+    return {name: pl.String for name, kind in types.items() if pa.types.is_string(kind)}
+
+
+def _read(path: Path, text_columns: dict[str, type[pl.String]]) -> pl.DataFrame:
     if not path.exists():
         raise GenattError(f"{path} does not exist: name a Parquet or CSV file of users")
     try:
-        return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+        return pl.read_csv(path, schema_overrides=text_columns, separator="\t" if path.suffix == ".tsv" else ",")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise GenattError(
             f"cannot read {path}: {str(error).splitlines()[0]}; give Parquet, or CSV with a header"
@@ -140,7 +160,12 @@ def _known(users: pl.Series, path: Path, trained: Trained) -> Requests:
         )
     ]
     return Requests(
-        found["user"], sequences.items, sequences.offsets[index], sequences.offsets[index + 1], [n for n in notes if n]
+        found["user"],
+        sequences.items,
+        sequences.offsets[index],
+        sequences.offsets[index + 1],
+        index,
+        [note for note in notes if note],
     )
 
 
@@ -148,7 +173,8 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
     sequences = trained.sequences
     vocabulary = shards.read_vocabulary(trained.config.data.path, sequences.manifest)
     known = pl.DataFrame(vocabulary.select(["item_id", "dense_id"]))
-    table = table.with_columns(_cast(table["item"], known["item_id"].dtype).alias("item"))
+    item = str(sequences.manifest.config["item_column"])
+    table = table.with_columns(_cast(table["item"].alias(item), known["item_id"].dtype).alias("item"))
     joined = table.join(known, left_on="item", right_on="item_id", how="left", maintain_order="left")
     unknown = joined.filter(pl.col("dense_id").is_null())["item"].unique(maintain_order=True)
     kept = joined.drop_nulls("dense_id")
@@ -161,7 +187,14 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
     end = np.cumsum(lists["dense_id"].list.len().to_numpy().astype(np.int64))
     notes = [_note(unknown, "items", "are not in the vocabulary"), _note(lost, "users", "have no known item")]
     items = lists["dense_id"].explode().to_numpy()
-    return Requests(lists["user"], items, np.concatenate(([0], end[:-1])), end, [note for note in notes if note])
+    return Requests(
+        lists["user"],
+        items,
+        np.concatenate(([0], end[:-1])),
+        end,
+        np.arange(lists.height),
+        [note for note in notes if note],
+    )
 
 
 def _cast(values: pl.Series, dtype: pl.DataType) -> pl.Series:
@@ -169,7 +202,8 @@ def _cast(values: pl.Series, dtype: pl.DataType) -> pl.Series:
         return values.cast(dtype)
     except pl.exceptions.PolarsError:
         raise GenattError(
-            f"column {values.name} holds {values.dtype}, the data set has {dtype}: ids must be of the same type"
+            f"column {values.name} holds {values.dtype} that is no {dtype}, the type of the data set's ids: "
+            "write the ids as they are in the log"
         ) from None
 
 

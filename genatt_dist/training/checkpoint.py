@@ -63,7 +63,8 @@ def folder(run: Path, step: int) -> Path:
 
 def newest(run: Path) -> Path:
     """The newest complete checkpoint. Raises GenattError when there is none."""
-    complete = sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{_COMPLETE}"))
+    sealed = (path.parent for path in (run / "checkpoints").glob(f"step-*/{_COMPLETE}"))
+    complete = sorted(path for path in sealed if not path.suffix)  # `.tmp` is sealed just before it gets its name
     if not complete:
         raise GenattError(f"{run} holds no complete checkpoint: start the run again in another directory")
     return complete[-1]
@@ -111,7 +112,13 @@ def publish(final: Path, keep: set[Path]) -> None:
 
 def verify(path: Path) -> None:
     """Raise GenattError naming the first file whose bytes are not those that were written."""
-    for name, expected in json.loads((path / _COMPLETE).read_text()).items():
+    try:
+        sums = json.loads((path / _COMPLETE).read_text())
+    except ValueError as error:
+        raise GenattError(
+            f"checkpoint {path}: {_COMPLETE} is damaged: {error}; remove this checkpoint to use an older one"
+        ) from None
+    for name, expected in sums.items():
         if not (path / name).exists():
             raise GenattError(f"checkpoint {path}: {name} is missing; remove this checkpoint to use an older one")
         if (found := _sha256(path / name)) != expected:
@@ -123,7 +130,12 @@ def verify(path: Path) -> None:
 
 def read_progress(path: Path) -> Progress:
     """Where the run stood when the checkpoint was written."""
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    try:
+        return Progress(**json.loads((path / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise GenattError(
+            f"checkpoint {path}: cannot read progress.json: {error}; remove this checkpoint to use an older one"
+        ) from None
 
 
 def read_dense(path: Path) -> dict[str, Tensor]:

@@ -107,15 +107,15 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors = {f"buffer.{name}": value for name, value in self.module.named_buffers()}
+        if with_moments := self._has_moments():
+            self._link_moments()
         for name, parameter in self.module.named_parameters():
             if self._engine.zero_optimization_stage() == 0:
                 tensors[f"parameter.{name}"] = parameter.detach()
                 moments = self._base.state.get(parameter, {})
             else:
                 tensors[f"parameter.{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
-                moments = {
-                    key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if self._has_moments()
-                }
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if with_moments}
             tensors |= {
                 f"{key}.{name}": moments[key].view(_full_shape(parameter)) for key in _MOMENTS if key in moments
             }
@@ -170,7 +170,15 @@ class Engine:
             self._base.state[flat] = {"step": torch.tensor(float(step))} | {
                 key: torch.zeros_like(flat) for key in _MOMENTS
             }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Make the moments known by parameter under ZeRO-1 and -2.
+
+        DeepSpeed 0.19 does so once, after the first step of the first parameter group, when other groups have none yet.
+        """
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 

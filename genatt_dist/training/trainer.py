@@ -51,18 +51,20 @@ def train(run: Path, launcher: str, resume: bool = False) -> Summary:
     device = select_device()
     init_process_group(device)
     try:
-        return _Trainer(run, config, device, launcher, resume).run()
+        return Trainer(run, config, device, launcher, resume).run()
     finally:
         dist.destroy_process_group()
 
 
-class _Trainer:
+class Trainer:
+    """One rank of one run: what it owns, and the loop over epochs."""
+
     def __init__(self, run: Path, config: RunConfig, device: torch.device, launcher: str, resume: bool) -> None:
         self._run, self._config, self._device, self._launcher = run, config, device, launcher
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._sequences = Sequences.read(config.data.path)
-        self._batches = TrainingBatches.plan(self._sequences, config.data, config.training)
-        self._updates_per_epoch = len(self._batches.epoch(0)) // config.training.accumulation_steps
+        self.batches = TrainingBatches.plan(self._sequences, config.data, config.training)
+        self._updates_per_epoch = len(self.batches.epoch(0)) // config.training.accumulation_steps
         self._total_steps = config.training.epochs * self._updates_per_epoch
 
         torch.manual_seed(config.training.seed)  # fresh dense weights; all later draws are keyed
@@ -132,12 +134,12 @@ class _Trainer:
         started = logged = time.perf_counter()
         sequences = 0
         rate = 0.0
-        for batch in self._batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device):
+        for batch in self.batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device):
             part.append(batch)
             if len(part) < training.accumulation_steps:
                 continue
             rate = rate_factor(training, progress.step, self._total_steps)
-            shares.append(self._update(part, rate))
+            shares.append(self.update(part, rate))
             progress.step += 1
             progress.batch += len(part)
             sequences += sum(one.num_sequences for one in part)
@@ -153,7 +155,11 @@ class _Trainer:
             progress.sequences += sequences
         progress.step_seconds += time.perf_counter() - started
 
-    def _update(self, batches: list[Batch], rate: float) -> Losses:
+    def set_training(self) -> None:
+        """Dropout on, samples drawn as in training."""
+        self._engine.train(True)
+
+    def update(self, batches: list[Batch], rate: float) -> Losses:
         """One update of table and dense parameters at `rate` of their peak learning rates."""
         attention, step = self._config.model.attention, self._progress.step
         gamma = 0.0

@@ -1,0 +1,183 @@
+"""The same updates twice: by the product on this process's rank, and by plain PyTorch in one process (no DeepSpeed, no TorchRec).
+
+The reference shares the model's forward pass, the batches and the keyed draws; everything this package is about is done by hand in
+it: one loss over the whole global batch, one `backward`, the sum of all gradients of a row, and the two optimizers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from ranks import partition_every_parameter
+from torch import Tensor
+
+from genatt_dist.config import RunConfig
+from genatt_dist.data.batches import Batch, TrainingBatches
+from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.sharded import ShardedTable
+from genatt_dist.embedding.table import initial_rows
+from genatt_dist.loss.objective import Candidature
+from genatt_dist.model.context import identity
+from genatt_dist.training.engine import Engine, sum_over_ranks
+from genatt_dist.training.step import DenseModel, JointStep, Scale, training_noise
+
+STEPS = 5
+CPU = torch.device("cpu")
+_EPS = 1e-8  # of row-wise Adagrad
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What five updates left: losses (of the recommendation and of generation) [STEPS, 2], dense parameters and buffers by name,
+    all rows of the table."""
+
+    losses: npt.NDArray[np.float32]
+    dense: dict[str, npt.NDArray[np.float32]]
+    table: npt.NDArray[np.float32]
+
+    def difference(self, other: Outcome) -> tuple[float, float, float]:
+        """Largest absolute differences: of losses, dense tensors, table rows."""
+        assert self.dense.keys() == other.dense.keys()
+        dense = max(float(np.abs(self.dense[name] - other.dense[name]).max()) for name in self.dense)
+        return float(np.abs(self.losses - other.losses).max()), dense, float(np.abs(self.table - other.table).max())
+
+
+def by_product(config: RunConfig) -> Outcome:
+    """This rank's part of the updates, with DeepSpeed and (for a sharded table) TorchRec. Collective."""
+    partition_every_parameter()
+    sequences = Sequences.read(config.data.path)
+    torch.manual_seed(config.training.seed)
+    engine = Engine(DenseModel(config, sequences.num_items), config.training)
+    table = sharded_table(config, sequences.num_items) if config.table.kind == "sharded" else None
+    step = JointStep(
+        config,
+        engine,
+        _candidature(config, sequences),
+        table.lookup if table else None,
+        dist.get_world_size(),
+        sum_over_ranks,
+    )
+    engine.train(True)
+    losses = []
+    for number, batches in enumerate(_updates(config, sequences, dist.get_rank(), dist.get_world_size())):
+        engine.set_learning_rate(config.training.learning_rate * _rate(number))
+        if table:
+            table.set_learning_rate(config.table_learning_rate * _rate(number))
+        losses.append(sum_over_ranks(torch.stack(step(batches, number, _gamma(number)))))
+    dense = {
+        name.split(".", 1)[1]: value
+        for name, value in engine.state().items()
+        if name.startswith(("parameter", "buffer"))
+    }
+    rows = gather_rows(table) if table else dense.pop("items.weight")
+    return _outcome(losses, dense, rows)
+
+
+def by_plain_pytorch(config: RunConfig) -> Outcome:
+    """The same updates in one process on whole global batches."""
+    sequences = Sequences.read(config.data.path)
+    torch.manual_seed(config.training.seed)
+    dense = DenseModel(config, sequences.num_items)
+    optimizer = _dense_optimizer(dense, config)
+    table = None
+    if config.table.kind == "sharded":
+        table = _PlainTable(config, sequences.num_items)
+    candidature = _candidature(config, sequences)
+    losses = []
+    for number, batches in enumerate(_updates(config, sequences, rank=0, world_size=1)):
+        rate = _rate(number)
+        scale = Scale(sum(batch.num_tokens for batch in batches), sum(batch.num_targets for batch in batches))
+        shares = []
+        for index, batch in enumerate(batches):
+            draw = number * len(batches) + index
+            noise = training_noise(batch, config.training.seed, draw, config)
+            candidates = candidature.draw(batch, noise, config.training.seed, draw)
+            rows = table.rows[candidates.ids] if table else None
+            shares.append(torch.stack(dense(batch, candidates, noise, rows, scale, identity)))
+        recommendation, generative = torch.stack(shares).sum(0)
+        (recommendation + _gamma(number) * generative).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = config.training.learning_rate * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        if table:
+            table.update(config.table_learning_rate * rate)
+        losses.append(torch.stack((recommendation, generative)).detach())
+    tensors = dict(itertools.chain(dense.named_parameters(), dense.named_buffers()))
+    return _outcome(losses, tensors, table.rows if table else tensors.pop("items.weight"))
+
+
+def sharded_table(config: RunConfig, num_items: int) -> ShardedTable:
+    """The table as the trainer makes it."""
+    return ShardedTable(
+        num_items, config.model.hidden_size, config.table, config.table_learning_rate, config.training.seed, CPU
+    )
+
+
+def gather_rows(table: ShardedTable) -> Tensor:
+    """All rows [V + 1, D], whatever rank holds them. Collective."""
+    parts: list[Tensor] = [torch.empty(0)] * dist.get_world_size()
+    dist.all_gather_object(parts, table.rows_VD.clone())
+    return torch.cat(parts)
+
+
+class _PlainTable:
+    """Rows as one parameter, updated by SGD or by row-wise Adagrad (the mean square of a row's summed gradient is its state)."""
+
+    def __init__(self, config: RunConfig, num_items: int) -> None:
+        rows = initial_rows(0, num_items + 1, config.model.hidden_size, config.table.init_std, config.training.seed)
+        self.rows = torch.nn.Parameter(rows)
+        self._state_V1 = torch.zeros(num_items + 1, 1) if config.table.optimizer == "rowwise_adagrad" else None
+
+    @torch.no_grad()
+    def update(self, rate: float) -> None:
+        gradient_VD = self.rows.grad
+        assert gradient_VD is not None
+        if self._state_V1 is None:
+            self.rows -= rate * gradient_VD
+        else:
+            self._state_V1 += gradient_VD.square().mean(1, keepdim=True)
+            self.rows -= rate * gradient_VD / (self._state_V1.sqrt() + _EPS)
+        self.rows.grad = None
+
+
+def _dense_optimizer(dense: DenseModel, config: RunConfig) -> torch.optim.Optimizer:
+    training = config.training
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(dense.parameters(), lr=training.learning_rate)
+    matrices = {
+        name for name, p in dense.named_parameters() if p.ndim > 1 and name != "items.weight" and "position" not in name
+    }
+    groups = [
+        {"params": [p for name, p in dense.named_parameters() if (name in matrices) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, training.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, training.beta2), eps=1e-8)
+
+
+def _updates(config: RunConfig, sequences: Sequences, rank: int, world_size: int) -> Iterator[list[Batch]]:
+    """STEPS updates' parts of one rank, from as many epochs as that takes."""
+    plan = TrainingBatches.plan(sequences, config.data, config.training)
+    parts = itertools.chain.from_iterable(plan.iterate(epoch, 0, rank, world_size, CPU) for epoch in itertools.count())
+    for _ in range(STEPS):
+        yield list(itertools.islice(parts, config.training.accumulation_steps))
+
+
+def _candidature(config: RunConfig, sequences: Sequences) -> Candidature:
+    return Candidature(config.loss, sequences.num_items, torch.from_numpy(sequences.popularity[1:]), CPU)
+
+
+# Both change from update to update: one that came late, or that a fused optimizer did not get, would show.
+_rate: Callable[[int], float] = (1.0, 0.7, 0.9, 0.4, 0.8).__getitem__
+_gamma: Callable[[int], float] = (0.0, 0.3, 0.6, 1.0, 0.8).__getitem__
+
+
+def _outcome(losses: list[Tensor], dense: dict[str, Tensor], rows: Tensor) -> Outcome:
+    arrays = {name: value.detach().numpy() for name, value in dense.items()}
+    return Outcome(torch.stack(losses).numpy(), arrays, rows.detach().numpy())

@@ -1,0 +1,200 @@
+"""A run that was stopped and resumed is the run that never stopped: the same losses, rows, weights and optimizer state.
+
+The runs are real ones (`training.trainer.train` on every rank) with keyed dropout and noise on, so a draw that hung on a process,
+or a cursor that was off by one batch, would show.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import tiny_shards
+
+from data_pipeline.errors import GenattError
+from genatt_dist import config as configuration
+from genatt_dist import runs
+from genatt_dist.config import RunConfig
+from genatt_dist.training import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+_STOPPED_EPOCH = 2  # counted from 0: two epochs are complete when it begins
+_RUNS = {
+    "sharded": (
+        "model.attention={type: diffusion, rank: 4, latent_size: 6, generator_size: 12, diffusion_steps: 6}",
+        "training.zero_stage=1",
+        "training.weight_decay=0.01",
+        "table.learning_rate=0.05",
+    ),
+    "replicated": ("table.kind=replicated", "loss.kind=full", "training.zero_stage=2"),
+}
+
+
+class _Stopped(Exception):
+    pass
+
+
+def train(run: Path, resume: bool = False, stop: bool = False) -> None:
+    """One rank of a run; `stop` fails it in the middle of an epoch, after the checkpoint of the one before."""
+    from genatt_dist.training import telemetry, trainer
+
+    ranks.partition_every_parameter()
+    record = telemetry.Telemetry.record
+
+    def fail(self: telemetry.Telemetry, kind: str, step: int, values: dict[str, float]) -> None:
+        record(self, kind, step, values)
+        if kind == "train" and values["epoch"] == _STOPPED_EPOCH:
+            raise _Stopped
+
+    if stop:
+        telemetry.Telemetry.record = fail  # type: ignore[method-assign]
+    try:
+        trainer.train(run, "test", resume)
+    except _Stopped:
+        assert stop
+
+
+def told_error(run: Path, resume: bool = False) -> str:
+    """What the GenattError says that ends one rank of a run."""
+    try:
+        train(run, resume)
+    except GenattError as error:
+        return str(error)
+    return "no error"
+
+
+def write_config(run: Path, config: RunConfig) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / runs.CONFIG).write_text(configuration.dump(config))
+    return run
+
+
+@pytest.fixture(scope="module", params=list(_RUNS))
+def whole_and_stopped(
+    request: pytest.FixtureRequest, make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, Path, Path]:
+    """A configuration, its run of four epochs, and its run that stopped in the third."""
+    common = ("training.epochs=4", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
+    config = make_config(*_RUNS[request.param], *common)
+    folder = tmp_path_factory.mktemp(request.param)
+    whole, stopped = write_config(folder / "whole", config), write_config(folder / "stopped", config)
+    ranks.run(train, 2, whole)
+    ranks.run(train, 2, stopped, False, True)
+    assert max(_losses(stopped)) < max(_losses(whole))
+    assert checkpoint.read_progress(checkpoint.newest(stopped)).epoch == _STOPPED_EPOCH
+    return config, whole, stopped
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "tolerance"),
+    [(2, None, 1e-6), (1, None, 1e-5), (2, 3, 1e-5)],
+    ids=["as before", "on one rank", "with ZeRO-3"],
+)
+def test_resumed_run_equals_the_run_that_never_stopped(
+    whole_and_stopped: tuple[RunConfig, Path, Path],
+    tmp_path: Path,
+    world_size: int,
+    stage: int | None,
+    tolerance: float,
+) -> None:
+    config, whole, stopped = whole_and_stopped
+    resumed = tmp_path / "resumed"
+    shutil.copytree(stopped, resumed)
+    training = config.training.model_copy(update={} if stage is None else {"zero_stage": stage})
+    write_config(resumed, config.model_copy(update={"world_size": world_size, "training": training}))
+    ranks.run(train, world_size, resumed, True)
+
+    expected, found = _losses(whole), _losses(resumed)
+    assert expected.keys() == found.keys()
+    loss = max(abs(expected[step] - found[step]) for step in expected)
+    weights = _largest_difference(checkpoint.newest(whole), checkpoint.newest(resumed))
+    print(f"largest differences of losses {loss:.1e}, of weights and optimizer state {weights:.1e}")
+    assert loss <= tolerance
+    assert weights <= tolerance
+    assert json.loads((whole / runs.SUMMARY).read_text())["valid"] == pytest.approx(
+        json.loads((resumed / runs.SUMMARY).read_text())["valid"], abs=tolerance if world_size == 2 else 1e-2
+    )
+
+
+@pytest.fixture
+def stopped_run(whole_and_stopped: tuple[RunConfig, Path, Path], tmp_path: Path) -> tuple[RunConfig, Path]:
+    """A copy of the stopped run, to be damaged."""
+    config, _, stopped = whole_and_stopped
+    shutil.copytree(stopped, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+def test_corrupted_byte_of_a_checkpoint_is_named(stopped_run: tuple[RunConfig, Path]) -> None:
+    """Before any process starts, and by the ranks too when they are started without that check."""
+    config, run = stopped_run
+    for path in sorted(checkpoint.newest(run).iterdir()):
+        if path.name == "COMPLETE":
+            continue
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(GenattError, match=rf"step-\d+: {path.name} has sha256"):
+            runs.train(config, run, launcher="torchrun", resume=True)
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def test_resuming_with_other_data_is_refused(stopped_run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """Other sequences at the same path: only the manifest's hash tells."""
+    config, run = stopped_run
+    other = tiny_shards.write(tmp_path / "other", seed=1)
+    write_config(run, config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})}))
+    for error in ranks.run(told_error, 2, run, True):
+        assert "was trained on data with manifest" in error
+        assert "resume with the data it began with" in error
+
+
+def test_unpublished_checkpoint_is_ignored(stopped_run: tuple[RunConfig, Path]) -> None:
+    """A kill may come while a checkpoint is written, or after it was sealed and before it got its name."""
+    _, run = stopped_run
+    published = checkpoint.newest(run)
+    for name, sealed in (("step-99999998.tmp", False), ("step-99999999.tmp", True)):
+        shutil.copytree(published, published.with_name(name))
+        if not sealed:
+            (published.with_name(name) / "COMPLETE").unlink()
+    assert checkpoint.newest(run) == published
+
+
+def test_loss_that_is_no_number_stops_all_ranks_with_one_line(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config("training.learning_rate=1e30", "training.epochs=2")
+    errors = ranks.run(told_error, 2, write_config(tmp_path / "run", config), seconds=30)
+    for error in errors:
+        assert error.startswith("loss is")
+        assert "lower training.learning_rate" in error
+        assert "\n" not in error
+
+
+def _losses(run: Path) -> dict[int, float]:
+    """Both training losses added up, by step; a step that a stopped run had told before counts as told last."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] + line["generative_loss"] for line in lines if line["kind"] == "train"}
+
+
+def _largest_difference(left: Path, right: Path) -> float:
+    """Over all tensors of two checkpoints: dense weights, moments, buffers, rows and their state."""
+    ours, theirs = _tensors(left), _tensors(right)
+    assert ours.keys() == theirs.keys()
+    assert checkpoint.read_progress(left).step == checkpoint.read_progress(right).step
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    tensors = {name: value.numpy() for name, value in checkpoint.read_dense(path).items()}
+    part = checkpoint.read_table(path, 0, tiny_shards.NUM_ITEMS + 1)
+    if part is None:
+        return tensors
+    assert set(part.optimizer) == {"momentum1"}
+    return tensors | {"table": part.rows.numpy()} | {name: value.numpy() for name, value in part.optimizer.items()}
