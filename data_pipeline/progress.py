@@ -50,15 +50,16 @@ class Stages:
         self.done: list[Stage] = []
 
     def __enter__(self) -> "Stages":
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # stopping prints an empty line; an error before any stage is the only line
+            self.progress.stop()
 
     @contextmanager
     def stage(self, name: str, rows_in: int = 0, steps: int = 1) -> Iterator[Stage]:
         """A stage of `steps` steps, from here to the end of the block."""
+        self.progress.start()
         stage = Stage(name, self.progress, self.progress.add_task(name, total=steps, rows=0, rate=0.0), rows_in=rows_in)
         yield stage
         stage.seconds = time.perf_counter() - stage.began

@@ -39,6 +39,8 @@ class Ranking:
 
 def target_scores(query: Query, rows_VD: Tensor, first_id: int) -> Tensor:
     """Scores of the targets whose rows lie here (ids first_id ..), −∞ where they are seen or elsewhere: float32 [B]."""
+    if not len(rows_VD):  # a rank of a table with fewer rows than ranks
+        return torch.full((len(query.states_BD),), float("-inf"), device=query.states_BD.device)
     local_B = query.target_B - first_id
     here_B = (local_B >= 0) & (local_B < len(rows_VD))
     score_B = (query.states_BD * rows_VD[local_B.clamp(0, len(rows_VD) - 1)]).sum(-1).float()

@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import GenattError
@@ -23,13 +25,18 @@ _GRACE_SECONDS = 10
 
 def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> None:
     """Run the workers of `run` to their end. Raises GenattError when they fail or cannot be started."""
-    arguments = ["--run", str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
+    import torch  # here, not above: `genatt --help` answers without it
+
+    # The directory has no option of its own: torchrun would take `--run` for an abbreviation of its `--run-path`.
+    arguments = [str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
     environment = worker_environment(os.environ, world_size)
+    environment.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     process = subprocess.Popen(
         _COMMANDS[launcher](world_size, arguments, environment), env=environment, start_new_session=True
     )
     try:
-        code = process.wait()
+        with _sigterm_raises():
+            code = process.wait()
     except BaseException:
         _end(process)
         raise
@@ -39,12 +46,24 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
         )
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """A plain `kill` of this process would leave the workers behind; as an exception it ends them too."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int) -> dict[str, str]:
     """The environment of the workers: cores shared out, and an allocator that keeps large buffers.
 
-    glibc gives large blocks back to the kernel after every step and takes them again in the next; kept, a CPU step was
-    measured
-    1.6 to 2.7 times faster (docs/architecture.md). What the user has set stays.
+    glibc gives large blocks back to the kernel after every step and takes them again in the next; here it keeps them
+    (docs/architecture.md). What the user has set stays.
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size)),

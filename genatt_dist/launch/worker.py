@@ -1,4 +1,4 @@
-"""What every launcher starts on every rank: `python -m genatt_dist.launch.worker --run DIR --launcher NAME [--resume]`.
+"""What every launcher starts on every rank: `python -m genatt_dist.launch.worker DIR --launcher NAME [--resume]`.
 
 A user's mistake ends the process with one line (told by rank 0 alone) and exit code 2; anything else is a bug and
 keeps its traceback.
@@ -21,7 +21,7 @@ USER_ERROR = 2
 def main() -> None:
     """Train on this rank as the arguments say."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("run", type=Path)
     parser.add_argument("--launcher", required=True)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument(

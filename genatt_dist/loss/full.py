@@ -40,37 +40,35 @@ class _FullLoss(torch.autograd.Function):
     def forward(
         ctx: Any, states_ND: Tensor, items_VD: Tensor, targets_N: Tensor, weight_N: Tensor, chunk: int
     ) -> Tensor:
+        weight_N1, target_rows_ND = weight_N[:, None].float(), items_VD[targets_N]
+        target_N1 = (states_ND * target_rows_ND).sum(1, keepdim=True).float()
         total = torch.zeros((), device=states_ND.device)
         grad_states_ND = torch.empty_like(states_ND)
-        grad_items_VD = torch.zeros_like(items_VD)
+        grad_items_VD = torch.zeros_like(items_VD, dtype=torch.float32)
+        logits = states_ND.new_empty(min(chunk, len(states_ND)), len(items_VD))
         for first in range(0, len(states_ND), chunk):
             here = slice(first, first + chunk)
-            states_CD, targets_C, weight_C1 = states_ND[here], targets_N[here, None], weight_N[here, None].float()
-            logits_CV = (states_CD @ items_VD.T).float()
-            target_C1 = logits_CV.gather(1, targets_C)
-            top_C1, top_item_C1 = logits_CV.max(1, keepdim=True)
-            grad_CV = torch.softmax(logits_CV, 1)
-            del logits_CV
-            # logsumexp from what is at hand: the largest probability is exp(top − logsumexp), and at least 1/V.
-            nll_C1 = top_C1 - grad_CV.gather(1, top_item_C1).log() - target_C1
-            total += (weight_C1 * nll_C1).sum()
-            grad_CV.scatter_add_(1, targets_C, grad_CV.new_full((), -1.0).expand_as(targets_C))
-            # The weights are equal most of the time; they are multiplied into the narrow factors, not into C×V.
-            grad_CV = grad_CV.to(states_ND.dtype)
-            torch.mm(grad_CV, items_VD, out=grad_states_ND[here])
-            grad_states_ND[here] *= weight_C1.to(states_ND.dtype)
-            grad_items_VD.addmm_(grad_CV.T, states_CD * weight_C1.to(states_ND.dtype))
-        ctx.save_for_backward(grad_states_ND, grad_items_VD)
+            states_CD = states_ND[here]
+            scores_CV = torch.mm(states_CD, items_VD.T, out=logits[: len(states_CD)]).float()
+            top_C1 = scores_CV.amax(1, keepdim=True)
+            exp_CV = scores_CV.sub_(top_C1).exp_()
+            sum_C1 = exp_CV.sum(1, keepdim=True)
+            total += (weight_N1[here] * (top_C1 + sum_C1.log() - target_N1[here])).sum()
+            # Probabilities are exp/sum. Neither that division nor the target's −1 is done on C×V: both are linear, so
+            # they go into the narrow factors and, for all chunks at once, to the end.
+            exp_CV, share_C1 = exp_CV.to(states_ND.dtype), (weight_N1[here] / sum_C1).to(states_ND.dtype)
+            torch.mm(exp_CV, items_VD, out=grad_states_ND[here]).mul_(share_C1)
+            if items_VD.dtype == torch.float32:
+                grad_items_VD.addmm_(exp_CV.T, states_CD * share_C1)
+            else:  # summed over chunks in float32
+                grad_items_VD += exp_CV.T @ (states_CD * share_C1)
+        grad_states_ND -= target_rows_ND * weight_N1
+        grad_items_VD.index_add_(0, targets_N, states_ND * weight_N1, alpha=-1)
+        ctx.save_for_backward(grad_states_ND, grad_items_VD.to(items_VD.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (scale,) = grad_outputs
         grad_states_ND, grad_items_VD = ctx.saved_tensors
-        return (
-            grad_states_ND * scale.to(grad_states_ND.dtype),
-            grad_items_VD * scale.to(grad_items_VD.dtype),
-            None,
-            None,
-            None,
-        )
+        return grad_states_ND * scale, grad_items_VD * scale, None, None, None

@@ -93,12 +93,17 @@ class Engine:
             group["lr"] = rate
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole parameters on every rank inside (ZeRO-3 holds parts). Collective."""
+    def gathered(self, write: bool = False) -> Iterator[None]:
+        """Whole parameters on every rank inside (ZeRO-3 holds parts). Collective.
+
+        write: what rank 0 makes of them is kept.
+        """
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(
-            list(self.module.parameters()), enabled=self._engine.zero_optimization_stage() == 3
+            list(self.module.parameters()),
+            modifier_rank=0 if write else None,
+            enabled=self._engine.zero_optimization_stage() == 3,
         ):
             yield
 
@@ -131,20 +136,19 @@ class Engine:
         with_moments = any(name.startswith(_MOMENTS[0]) for name in tensors)
         if with_moments:
             self._prime(step)
+        # What the forward pass reads. ZeRO-3 would take it from the fp32 parts only in its next step.
+        with torch.no_grad(), self.gathered(write=True):
+            for name, value in (*self.module.named_parameters(), *self.module.named_buffers()):
+                kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
+                value.copy_(tensors[f"{kind}.{name}"])
         with torch.no_grad():
-            for name, value in self.module.named_buffers():
-                value.copy_(tensors[f"buffer.{name}"])
             for name, parameter in self.module.named_parameters():
-                value = tensors[f"parameter.{name}"].to(self._engine.device)
                 moments = {key: tensors[f"{key}.{name}"].to(self._engine.device) for key in _MOMENTS if with_moments}
                 if stage == 0:
-                    parameter.copy_(value)
                     for key, moment in moments.items():
                         self._base.state[parameter][key].copy_(moment)
                     continue
-                if stage < 3:
-                    parameter.copy_(value)
-                safe_set_full_fp32_param(parameter, value)
+                safe_set_full_fp32_param(parameter, tensors[f"parameter.{name}"].to(self._engine.device))
                 for key, moment in moments.items():
                     safe_set_full_optimizer_state(parameter, moment, key)
 

@@ -1,4 +1,7 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard curves, and one progress line on rank 0."""
+"""What a run tells while it runs: metrics.jsonl, TensorBoard curves, and one progress line on rank 0.
+
+With MLFLOW_TRACKING_URI in the environment (and the `mlflow` extra installed) the same numbers go to that server.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from data_pipeline.errors import GenattError
 
 
 class Telemetry:
@@ -28,6 +34,7 @@ class Telemetry:
             return
         self._file = (run / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"))
+        self._mlflow = _mlflow(run)
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -52,6 +59,8 @@ class Telemetry:
         if self._active:
             self._progress.stop()
             self._board.close()
+            if self._mlflow:
+                self._mlflow.end_run("FAILED" if kind else "FINISHED")
             self._file.close()
 
     def advance(self, step: int, status: str | None = None) -> None:
@@ -67,11 +76,29 @@ class Telemetry:
         self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._mlflow:
+            names = {name.replace("@", "_at_"): value for name, value in values.items()}  # MLflow refuses the sign
+            self._mlflow.log_metrics({f"{kind}/{name}": value for name, value in names.items()}, step=step)
 
     def say(self, text: str) -> None:
         """One line above the bar."""
         if self._active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _mlflow(run: Path) -> Any:
+    """The mlflow module with a run started, or None where nobody asked for it."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    try:
+        import mlflow
+    except ImportError:
+        raise GenattError(
+            "MLFLOW_TRACKING_URI is set but mlflow is not installed: pip install 'genatt-dist[mlflow]'"
+        ) from None
+    mlflow.start_run(run_name=run.name)
+    mlflow.log_dict(yaml.safe_load((run / "config.yaml").read_text()), "config.json")
+    return mlflow
 
 
 def write_environment(run: Path, device: torch.device) -> None:

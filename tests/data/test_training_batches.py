@@ -49,8 +49,7 @@ def test_all_windows_train_every_item_but_the_first_of_a_user_once(lengths, max_
         for members in batches.epoch(epoch)
         for rank in range(min(world_size, len(members)))
     ]
-    if all(len(members) >= world_size for members in batches.epoch(epoch)):
-        assert trained_targets(parts) == Counter(item for items in training_part(lengths) for item in items[1:])
+    assert trained_targets(parts) == Counter(item for items in training_part(lengths) for item in items[1:])
 
 
 @settings(max_examples=30, deadline=None)
@@ -129,7 +128,8 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
     assert windows(one, 1) == windows(plan(seed=3), 1)
     assert windows(one, 1) != windows(one, 2)
     assert windows(one, 1) != windows(plan(seed=4), 1)
-    assert sorted(sum(windows(one, 1), [])) == sorted(sum(windows(one, 2), [])) == list(range(len(one.starts)))
+    for epoch in (1, 2):
+        assert sorted(np.concatenate(one.epoch(epoch)).tolist()) == list(range(len(one.starts)))
 
 
 def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left() -> None:
@@ -144,11 +144,13 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left() -> None:
 @given(some_lengths, st.integers(1, 8), st.integers(1, 5), st.integers(1, 30))
 def test_every_epoch_has_the_same_number_of_batches_and_none_is_empty(lengths, size, accumulation, max_len):
     """So that updates are whole: accumulated batches never run over the end of an epoch."""
-    try:
-        batches = plan(lengths, max_len, batch_sequences=size, accumulation_steps=accumulation)
-    except GenattError as error:
-        assert f"accumulation_steps={accumulation}" in str(error)
+    if len(plan(lengths, max_len).starts) < accumulation:
+        with pytest.raises(
+            GenattError, match=rf"windows cannot fill training\.accumulation_steps={accumulation} batches"
+        ):
+            plan(lengths, max_len, batch_sequences=size, accumulation_steps=accumulation)
         return
+    batches = plan(lengths, max_len, batch_sequences=size, accumulation_steps=accumulation)
     assert batches.num_batches % accumulation == 0
     for epoch in range(4):
         members = batches.epoch(epoch)
@@ -166,9 +168,10 @@ def test_more_ranks_than_sequences_is_refused_before_anything_starts() -> None:
 
 def test_the_check_sees_the_smallest_batch_of_every_epoch() -> None:
     """Epochs are shuffled differently; the one with the smallest batch may be any."""
-    batches = plan([3] * 20 + [26] * 12, max_len=24, batch_sequences=4)
+    lengths = (3 + np.random.default_rng(1).geometric(0.15, 300)).clip(max=26).tolist()
+    batches = plan(lengths, max_len=24, windows="last", batch_sequences=6)
     least = [min(len(members) for members in batches.epoch(epoch)) for epoch in range(40)]
-    assert min(least) < least[0], "choose another case"
+    assert min(least) < least[0]
     batches.check(least[0])
     with pytest.raises(GenattError, match=f"as few as {min(least)} sequences"):
         batches.check(least[0], 40)

@@ -1,7 +1,8 @@
-"""The same updates twice: by the product on this process's rank, and by plain PyTorch in one process (no DeepSpeed, no TorchRec).
+"""The same updates twice: by the product on this process's rank, and by plain PyTorch in one process.
 
-The reference shares the model's forward pass, the batches and the keyed draws; everything this package is about is done by hand in
-it: one loss over the whole global batch, one `backward`, the sum of all gradients of a row, and the two optimizers.
+The reference knows no DeepSpeed and no TorchRec. It shares the model's forward pass, the batches and the keyed draws; what
+the product is about is done by hand: one loss over the whole global batch, one backward, the sum of all gradients of a
+row, and the two optimizers.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _EPS = 1e-8  # of row-wise Adagrad
 
 @dataclass(frozen=True)
 class Outcome:
-    """What five updates left: losses (of the recommendation and of generation) [STEPS, 2], dense parameters and buffers by name,
-    all rows of the table."""
+    """What the updates left: losses (of the recommendation and of generation) [STEPS, 2], dense parameters and buffers
+    by name, and all rows of the table.
+    """
 
     losses: npt.NDArray[np.float32]
     dense: dict[str, npt.NDArray[np.float32]]
@@ -128,7 +130,7 @@ def gather_rows(table: ShardedTable) -> Tensor:
 
 
 class _PlainTable:
-    """Rows as one parameter, updated by SGD or by row-wise Adagrad (the mean square of a row's summed gradient is its state)."""
+    """Rows as one parameter, updated by SGD or by row-wise Adagrad (its state: sums of a row's mean squared gradient)."""
 
     def __init__(self, config: RunConfig, num_items: int) -> None:
         rows = initial_rows(0, num_items + 1, config.model.hidden_size, config.table.init_std, config.training.seed)

@@ -1,7 +1,8 @@
 """Runs a function in several processes that can form a process group, and brings back what each rank returned.
 
-The processes are forked from a server that has imported torch, torchrec and deepspeed once (5 to 8 seconds); a rank then costs
-hundredths of a second, and every call gets fresh ones: no state of a library is left over, and a rank that hangs can be killed.
+The processes are forked from a server that has imported torch, torchrec and deepspeed once (5 to 8 seconds); a rank then
+costs hundredths of a second, and every call gets fresh ones: no state of a library is left over, and a rank that hangs
+can be killed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class RankError(AssertionError):
 def run(function: Callable[..., Any], world_size: int, *arguments: Any, seconds: float = 60) -> list[Any]:
     """function(*arguments) on every rank with the variables of a launcher set: its results by rank.
 
-    Raises RankError with the ranks' tracebacks, or naming those that did not end within `seconds`; no process is left behind.
+    Raises RankError with the ranks' tracebacks, or naming those that did not end within `seconds`; no process is left.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -74,7 +75,7 @@ def run_in_group(function: Callable[..., Any], world_size: int, *arguments: Any,
 def partition_every_parameter() -> None:
     """Make ZeRO-3 take every parameter apart, in this process.
 
-    It keeps those below 100,000 elements whole, which is all of a model of test size: without this, ZeRO-3 would not be tested.
+    It keeps those below 100,000 elements whole, which is all of a model of test size: ZeRO-3 would not be tested.
     """
     import deepspeed
 

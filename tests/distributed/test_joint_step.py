@@ -1,4 +1,4 @@
-"""The joint step on two ranks is plain PyTorch on one: DeepSpeed's dense layers and TorchRec's rows follow the same global loss.
+"""The joint step on two ranks is plain PyTorch on one: dense layers under DeepSpeed and rows under TorchRec follow one loss.
 
 Differences are bounded by rounding (sums are taken in another order); clipping is off, as the contract says.
 """
@@ -23,7 +23,9 @@ VARIATIONAL_SAMPLES = f"model.attention={{type: variational, {_SMALL}, train_sam
 VARIATIONAL_LAST = f"model.attention={{type: variational, {_SMALL}, condition: last, value_projection: true}}"
 DIFFUSION = f"model.attention={{type: diffusion, {_SMALL}, diffusion_steps: 6}}"
 DIFFUSION_MATRIX = f"model.attention={{type: diffusion, {_SMALL}, diffusion_steps: 6, form: matrix}}"
-DIFFUSION_UNROLLED = f"model.attention={{type: diffusion, {_SMALL}, diffusion_steps: 3, sampling_steps: 2, train_sampler: unrolled}}"
+DIFFUSION_UNROLLED = (
+    f"model.attention={{type: diffusion, {_SMALL}, diffusion_steps: 3, sampling_steps: 2, train_sampler: unrolled}}"
+)
 
 BCE = "loss.kind=bce"
 POPULARITY = "loss.proposal=popularity"
@@ -54,7 +56,9 @@ def _cases(*cases: tuple[str, ...]) -> pytest.MarkDecorator:
     """Parametrised by overrides, named by their values."""
 
     def name(overrides: tuple[str, ...]) -> str:
-        return "-".join(override.partition("=")[2].removeprefix("{type: ").partition(",")[0].rstrip("}") for override in overrides)
+        return "-".join(
+            override.partition("=")[2].removeprefix("{type: ").partition(",")[0].rstrip("}") for override in overrides
+        )
 
     return pytest.mark.parametrize("overrides", cases, ids=map(name, cases))
 
@@ -94,8 +98,8 @@ def test_full_softmax_over_a_replicated_table_follows_plain_pytorch(
 
 @_cases((DOT, _stage(0)), (DIFFUSION, _stage(1)), (VARIATIONAL, _stage(2)), (DOT, _stage(3)))
 def test_adamw_follows_plain_pytorch(make_config: Callable[..., RunConfig], overrides: tuple[str, ...]) -> None:
-    """The bound is looser: AdamW divides a gradient by the root of its own square, so where a gradient is nearly zero its
-    rounding error, which depends on the order of sums, becomes part of a step as long as the learning rate.
+    """The bound is looser: AdamW divides a gradient by the root of its own square, so where a gradient is nearly zero
+    its rounding error, which depends on the order of sums, becomes part of a step as long as the learning rate.
     """
     adamw = ("training.optimizer=adamw", "training.learning_rate=0.002", "training.weight_decay=0.1")
     _claim(make_config(*adamw, *overrides, "table.learning_rate=0.1"), tolerance=1e-5)

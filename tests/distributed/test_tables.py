@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from joint_runs import gather_rows, sharded_table
 
+from data_pipeline.errors import GenattError
 from genatt_dist.config import RunConfig
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.ranking import Query, Ranking
@@ -21,8 +22,8 @@ from genatt_dist.training.step import DenseModel
 pytestmark = pytest.mark.distributed
 
 _VARIATIONAL = "model.attention={type: variational, rank: 4, latent_size: 6, generator_size: 12}"
-# World sizes and catalogues: odd numbers of rows, rank 0 with the padding row alone, and ranks without a row.
-_LAYOUTS = [(1, 200), (2, 200), (3, 200), (3, 2), (3, 3), (3, 1)]
+# World sizes and catalogues: with the padding row, blocks of equal and of unequal size, and rank 0 with the padding row alone.
+_LAYOUTS = [(1, 200), (2, 200), (3, 200), (2, 3), (2, 2), (3, 2)]
 
 
 def _engine_beside_table(config: RunConfig) -> dict[str, object]:
@@ -134,3 +135,15 @@ def test_seen_items_are_not_recommended_by_a_sharded_table(make_config: Callable
     for user, top in enumerate(top_Bk):
         seen = set(query.seen_item_S[query.seen_row_S == user].tolist())
         assert set(top.tolist()) - {0} == set(range(1, 201)) - seen
+
+
+def _refused(config: RunConfig, num_items: int) -> str:
+    with pytest.raises(GenattError) as error:
+        sharded_table(config, num_items)
+    return str(error.value)
+
+
+def test_more_ranks_than_rows_are_refused(make_config: Callable[..., RunConfig]) -> None:
+    """Four rows on three ranks are 2, 2 and none. Every rank says so; none waits for another."""
+    for error in ranks.run_in_group(_refused, 3, make_config(), 3):
+        assert "3 items are too few for world_size=3" in error

@@ -48,7 +48,7 @@ def sorted_catalogue(query: Query, rows: torch.Tensor) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("exclude_seen", [True, False])
-@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("shards", [1, 2, 3, V + 2])  # the last: some shards are empty
 @pytest.mark.parametrize("chunk", [1, 4, V, 3 * V])
 def test_equals_a_plain_sort(seed: int, exclude_seen: bool, shards: int, chunk: int) -> None:
     query, rows = case(seed, exclude_seen)

@@ -20,7 +20,9 @@ def proposal(kind: str) -> Proposal:
 def law(kind: str) -> torch.Tensor:
     """The weights as the documentation has them."""
     ids = torch.arange(1, V + 1, dtype=torch.float64)
-    weight = {"uniform": ids * 0 + 1, "log_uniform": ((ids + 1) / ids).log(), "popularity": POPULARITY.double() + 1}[kind]
+    weight = {"uniform": ids * 0 + 1, "log_uniform": ((ids + 1) / ids).log(), "popularity": POPULARITY.double() + 1}[
+        kind
+    ]
     return weight / weight.sum()
 
 

@@ -42,7 +42,9 @@ def reference(model: DenseModel, config: RunConfig, batch: Batch, candidates: Ca
             target = logits.gather(1, batch.targets_N[:, None] - 1)
             drawn = logits[:, candidates.negatives - 1] - candidates.log_expected_K
             drawn = drawn.masked_fill(candidates.negatives == batch.targets_N[:, None], -torch.inf)
-            nlls.append(F.cross_entropy(torch.cat((target, drawn), 1), torch.zeros_like(target[:, 0]).long(), reduction="none"))
+            nlls.append(
+                F.cross_entropy(torch.cat((target, drawn), 1), torch.zeros_like(target[:, 0]).long(), reduction="none")
+            )
         else:
             nlls.append(F.cross_entropy(logits, batch.targets_N - 1, reduction="none"))
     nll = torch.stack(nlls)
@@ -67,7 +69,9 @@ def test_loss_and_gradients_equal_autograd(loss: dict, targets: str, samples: in
 
     expected = reference(model, config, batch, candidates)
     expected.backward()
-    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    wanted = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
     losses = model(batch, candidates, noise, None, Scale(batch.num_tokens, batch.num_targets), identity)
     losses.recommendation.backward()
@@ -91,7 +95,9 @@ def test_more_samples_give_a_tighter_bound(prepared: Path) -> None:
         scale = Scale(batch.num_tokens, batch.num_targets)
         with torch.no_grad():
             draws = [
-                model(batch, Candidates(batch.items_M), training_noise(batch, seed, STEP, config), None, scale, identity)
+                model(
+                    batch, Candidates(batch.items_M), training_noise(batch, seed, STEP, config), None, scale, identity
+                )
                 for seed in range(8)
             ]
         values.append(sum(float(draw.recommendation) for draw in draws) / len(draws))

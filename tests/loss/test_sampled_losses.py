@@ -27,7 +27,7 @@ def test_every_item_once_gives_the_full_softmax() -> None:
 
 def test_draws_of_the_target_are_masked() -> None:
     """They are counted already; with nothing else drawn the loss and its gradients are zero, not NaN."""
-    states, items, targets = rows()
+    states, items, _ = rows()
     states.requires_grad_()
     negatives = torch.tensor([5, 7])
     target = torch.tensor([5])

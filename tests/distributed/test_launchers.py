@@ -1,0 +1,105 @@
+"""The same run under every launcher, from `runs.train` down to real worker processes, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_pipeline.errors import GenattError
+from genatt_dist import runs
+from genatt_dist.config import RunConfig
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+_VARIATIONAL = "model.attention={type: variational, rank: 4, latent_size: 6, generator_size: 12}"
+_START_SECONDS, _END_SECONDS = 120, 60
+
+
+@pytest.fixture(autouse=True)
+def _on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def _losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] + line["generative_loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_all_launchers_train_the_same(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """One process, two ranks under torchrun, two under deepspeed; dropout and latents are keyed, so even those agree."""
+    adamw = ("training.optimizer=adamw", "training.learning_rate=0.005", "training.epochs=2", _VARIATIONAL)
+    losses = {}
+    for launcher, world_size in (("process", 1), ("torchrun", 2), ("deepspeed", 2)):
+        config = make_config(*adamw, f"world_size={world_size}")
+        summary = runs.train(config, tmp_path / launcher, launcher)
+        assert summary["train"]["launcher"] == launcher
+        assert summary["train"]["world_size"] == world_size
+        losses[launcher] = _losses(tmp_path / launcher)
+    assert len(losses["process"]) >= 2
+    print(
+        "process against torchrun:", max(abs(a - b) for a, b in zip(losses["process"], losses["torchrun"], strict=True))
+    )
+    print(
+        "torchrun against deepspeed:",
+        max(abs(a - b) for a, b in zip(losses["torchrun"], losses["deepspeed"], strict=True)),
+    )
+    assert losses["torchrun"] == pytest.approx(losses["process"], rel=0, abs=1e-5)
+    assert losses["deepspeed"] == pytest.approx(losses["torchrun"], rel=0, abs=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_dead_rank_ends_the_run(make_config: Callable[..., RunConfig], tmp_path: Path, launcher: str) -> None:
+    """A killed rank (out of memory, say) leaves the others waiting in a collective; the run ends and names itself all the same."""
+    run, errors = tmp_path / "run", []
+
+    def train() -> None:
+        try:
+            runs.train(make_config("training.epochs=100000", "training.patience=100000"), run, launcher)
+        except GenattError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        _wait_until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 2, _START_SECONDS)
+        workers = list(_workers(run))
+        victim = next(worker for worker in workers if worker.environ().get("RANK") == "1")
+        victim.kill()
+        killed = time.monotonic()
+        thread.join(_END_SECONDS)
+        assert not thread.is_alive()
+        print(f"{launcher}: ended {time.monotonic() - killed:.1f} s after its rank 1 was killed")
+    finally:
+        left = list(_workers(run))
+        for worker in left:
+            worker.kill()
+        thread.join(_END_SECONDS)
+    assert not left
+    assert len(errors) == 1
+    assert str(run) in errors[0]
+    assert f"launcher={launcher}" in errors[0]
+
+
+def _workers(run: Path) -> Iterator[psutil.Process]:
+    """The ranks of `run` that are alive, started by this process (not the launcher, whose command line names them too)."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = process.cmdline()
+            if str(run) in command and process.environ().get("RANK") is not None and process.is_running():
+                yield process
+        except psutil.Error:
+            continue
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.1)

@@ -1,0 +1,154 @@
+"""Evaluation of a model, and of popularity, equals scoring every user by hand and sorting."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_data import run_config
+
+from genatt_dist.config import RunConfig
+from genatt_dist.data.sequences import Sequences
+from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
+from genatt_dist.evaluation.metrics import CUTOFFS, metrics
+from genatt_dist.evaluation.popularity import evaluate_popularity
+from genatt_dist.model.context import Context
+from genatt_dist.model.jagged import Jagged
+from genatt_dist.training.step import DenseModel
+
+CPU = torch.device("cpu")
+every_split = pytest.mark.parametrize("split", ["valid", "test"])
+
+
+@pytest.fixture(scope="module")
+def sequences(prepared: Path) -> Sequences:
+    return Sequences.read(str(prepared))
+
+
+@pytest.fixture(scope="module")
+def model(prepared: Path, sequences: Sequences) -> DenseModel:
+    """Fresh weights, larger than usual: states and scores differ widely between users."""
+    torch.manual_seed(0)
+    model = DenseModel(run_config(prepared), sequences.num_items).eval()
+    assert model.items is not None
+    torch.nn.init.normal_(model.items.weight.data)
+    return model
+
+
+def ranked(model: DenseModel, sequences: Sequences, split: str, config: RunConfig, **more: object) -> Result:
+    assert model.items is not None
+    return evaluate(model.backbone, model.items, sequences, split, config, CPU, **more)  # type: ignore[arg-type]
+
+
+def brute_force(scores_UV: np.ndarray, sequences: Sequences, split: str, exclude_seen: bool) -> Result:
+    """Ranks and metrics from all scores [U, V] by loops."""
+    ranks, shown = [], np.zeros((len(CUTOFFS), sequences.num_items), int)
+    for user in np.flatnonzero(sequences.has_targets):
+        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        held_out = {"valid": 2, "test": 1}[split]
+        target, known = history[-held_out], history[:-held_out]
+        scores = {item: float(scores_UV[user, item - 1]) for item in range(1, sequences.num_items + 1)}
+        for item in known if exclude_seen else []:
+            scores[item] = -np.inf
+        order = sorted(scores, key=lambda item: (-scores[item], item))
+        ranks.append(order.index(target) + 1)
+        for index, k in enumerate(CUTOFFS):
+            listed = [item for item in order[:k] if scores[item] > -np.inf]
+            shown[index, np.array(listed, int) - 1] += 1
+    return Result(metrics(np.array(ranks), shown), np.array(ranks))
+
+
+def scores_by_hand(model: DenseModel, sequences: Sequences, split: str, max_len: int) -> np.ndarray:
+    """Each user alone through the backbone, then against all rows."""
+    assert model.items is not None
+    weight = model.items.weight.detach()
+    scores = np.zeros((sequences.num_users, sequences.num_items))
+    for user in np.flatnonzero(sequences.has_targets):
+        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        history = history[: -{"valid": 2, "test": 1}[split]][-max_len:]
+        layout = Jagged.of(torch.tensor([len(history)]), len(history), len(history))
+        with torch.no_grad():
+            states = model.backbone(weight[history], Context.whole(layout)).states_ND
+        scores[user] = states[-1].double().numpy() @ weight[1:].double().numpy().T
+    return scores
+
+
+@every_split
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_evaluation_equals_scoring_each_user_by_hand(
+    split: str, exclude_seen: bool, model: DenseModel, sequences: Sequences, prepared: Path
+) -> None:
+    config = run_config(prepared, evaluation={"exclude_seen": exclude_seen})
+    found = ranked(model, sequences, split, config)
+    expected = brute_force(scores_by_hand(model, sequences, split, 8), sequences, split, exclude_seen)
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == pytest.approx(expected.metrics)
+    assert len(set(found.rank_U.tolist())) > 5
+
+
+@pytest.mark.parametrize("batch_users", [1, 7, 512])
+@pytest.mark.parametrize("chunk_items", [3, 65_536])
+def test_batches_and_chunks_change_nothing(
+    batch_users: int, chunk_items: int, model: DenseModel, sequences: Sequences, prepared: Path
+) -> None:
+    cut = run_config(prepared, evaluation={"batch_users": batch_users, "chunk_items": chunk_items})
+    found, expected = ranked(model, sequences, "test", cut), ranked(model, sequences, "test", run_config(prepared))
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == expected.metrics
+
+
+def test_parts_of_a_split_add_up_to_the_whole(model: DenseModel, sequences: Sequences, prepared: Path) -> None:
+    """What every rank counts is summed: here the parts are run in turn and their sums put in afterwards."""
+    config = run_config(prepared)
+    sums: dict[int, torch.Tensor] = {}
+
+    def collect(rank: int, totals: dict[int, torch.Tensor] | None):
+        order = iter(range(10))
+
+        def total(value: torch.Tensor) -> torch.Tensor:
+            place = next(order)
+            if totals is not None:
+                return totals[place]
+            sums[place] = sums.get(place, torch.zeros_like(value)) + value
+            return value
+
+        return Parts(rank, 3, total)
+
+    with np.errstate(divide="ignore"):  # of users that other parts ranked
+        for rank in range(3):
+            ranked(model, sequences, "valid", config, parts=collect(rank, None))
+    found = ranked(model, sequences, "valid", config, parts=collect(1, sums))
+    expected = ranked(model, sequences, "valid", config)
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == expected.metrics
+
+
+def test_progress_counts_every_user_once(model: DenseModel, sequences: Sequences, prepared: Path) -> None:
+    told: list[int] = []
+    found = ranked(model, sequences, "valid", run_config(prepared), progress=told.append)
+    assert sum(told) == len(found.rank_U) == int(sequences.has_targets.sum())
+
+
+def test_diagnosis_adds_statistics_and_changes_no_metric(
+    model: DenseModel, sequences: Sequences, prepared: Path
+) -> None:
+    plain = ranked(model, sequences, "valid", run_config(prepared)).metrics
+    more = ranked(model, sequences, "valid", run_config(prepared), diagnose=True).metrics
+    assert plain.items() < more.items()
+    assert "attention_entropy/block0" in more
+
+
+@every_split
+@pytest.mark.parametrize("batch_users", [5, 512])
+def test_popularity_equals_counting_the_training_part(
+    split: str, batch_users: int, sequences: Sequences, prepared: Path
+) -> None:
+    counts = np.zeros(sequences.num_items)
+    for user in range(sequences.num_users):
+        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+        np.add.at(counts, history[: len(history) - 2 if len(history) >= 3 else None] - 1, 1)
+    everybody = np.broadcast_to(counts, (sequences.num_users, sequences.num_items))
+    found = evaluate_popularity(sequences, split, run_config(prepared, evaluation={"batch_users": batch_users}))
+    expected = brute_force(everybody, sequences, split, exclude_seen=True)
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == pytest.approx(expected.metrics)

@@ -1,0 +1,74 @@
+"""A run is served by one process with the best checkpoint's weights, whatever ranks and tables wrote it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import run_config
+
+from data_pipeline.errors import GenattError
+from genatt_dist import config as configuration
+from genatt_dist.data.sequences import Sequences
+from genatt_dist.serving.trained import load
+from genatt_dist.training import checkpoint
+from genatt_dist.training.checkpoint import Progress, TablePart
+from genatt_dist.training.step import DenseModel
+
+
+def write_run(run: Path, prepared: Path, table: str) -> tuple[DenseModel, torch.Tensor]:
+    """A run directory as training leaves it, with two checkpoints of which the first is the better one."""
+    loss = {"kind": "sampled" if table == "sharded" else "full"}
+    config = run_config(prepared, table={"kind": table}, loss=loss, model={"attention": {"type": "diffusion"}})
+    sequences = Sequences.read(str(prepared))
+    run.mkdir()
+    (run / "config.yaml").write_text(configuration.dump(config))
+    for step in (30, 20):  # the later one first: what is left in hand is the best
+        torch.manual_seed(step)
+        model = DenseModel(config, sequences.num_items)
+        for buffer in model.buffers():
+            buffer.fill_(step / 7)
+        rows = torch.randn(sequences.num_items + 1, config.model.hidden_size)
+        if model.items is not None:
+            model.items.weight.data = rows
+        final = checkpoint.folder(run, step)
+        path = checkpoint.prepare(final)
+        state = {f"parameter.{name}": value.detach() for name, value in model.named_parameters()}
+        state |= {f"buffer.{name}": value for name, value in model.named_buffers()}
+        state |= {f"exp_avg.{name}": torch.ones_like(value) for name, value in model.named_parameters()}
+        if table == "sharded":
+            for rank, (low, high) in enumerate([(0, 17), (17, len(rows))]):
+                part = TablePart(low, rows[low:high], {"momentum1": torch.zeros(high - low)})
+                checkpoint.write_table(path, rank, part)
+        progress = Progress(sequences.manifest_hash, step, best_step=20, best_metric=0.5)
+        checkpoint.write_dense(path, {name: value.clone() for name, value in state.items()}, progress)
+        checkpoint.publish(final, keep={checkpoint.folder(run, 20), checkpoint.folder(run, 30)})
+    return model, rows
+
+
+@pytest.mark.parametrize("table", ["replicated", "sharded"])
+def test_best_weights_rows_and_buffers_are_loaded(table: str, prepared: Path, tmp_path: Path) -> None:
+    model, rows = write_run(tmp_path / "run", prepared, table)
+    trained = load(tmp_path / "run")
+    assert trained.step == 20
+    assert torch.equal(trained.table.weight.cpu(), rows)
+    found = {name: value.cpu() for name, value in trained.backbone.state_dict().items()}
+    expected = model.backbone.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not trained.backbone.training
+    assert trained.config.table.kind == table
+
+
+def test_a_run_without_a_checkpoint_is_refused(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(configuration.dump(run_config(prepared)))
+    with pytest.raises(GenattError, match="holds no complete checkpoint"):
+        load(run)
+
+
+def test_a_trained_run_serves_what_its_summary_says(trained_run: Path) -> None:
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    best = max((line for line in lines if line["kind"] == "valid"), key=lambda line: line["ndcg@10"])
+    assert load(trained_run).step == best["step"]

@@ -1,0 +1,478 @@
+"""`genatt`: what it offers is frozen, help is fast, and a mistake is one line that names the thing and the mend."""
+
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import typer.main
+import yaml
+from tiny_data import histories, run_tree
+
+from genatt_dist import cli, doctor
+from genatt_dist.doctor import Check
+
+SURFACE = {
+    "prepare": [
+        "source", "--out", "--items", "--user-column", "--item-column", "--time-column", "--format", "--separator",
+        "--duplicates", "--min-user", "--min-item", "--num-shards", "--seed", "--id-type", "--name",
+    ],
+    "train": ["config", "--run", "overrides", "--launcher", "--resume"],
+    "evaluate": ["run", "--split", "--json"],
+    "recommend": ["run", "--users", "--out", "--k"],
+    "quickstart": ["--data", "--out", "--launcher", "overrides"],
+    "doctor": ["--json"],
+}  # fmt: skip
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+every_verb = pytest.mark.parametrize("verb", SURFACE)
+
+Genatt = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def genatt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Genatt:
+    """Runs the entry point in this process; an exception that leaves it is a traceback, and fails the test."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["genatt", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refusal(genatt: Genatt, tmp_path: Path) -> Callable[..., str]:
+    """The one line of an error; nothing may be written anywhere in the test's directory."""
+
+    def run(*arguments: object) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        code, out, err = genatt(*arguments)
+        assert code == 2
+        assert out == ""
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def config(prepared: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_tree(prepared)))
+    return path
+
+
+def test_verbs_and_options_are_frozen() -> None:
+    """Scripts and documents hang on them. A change here is a change for users: add, and do not rename."""
+    found = {
+        verb: [
+            (parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name) for parameter in command.params
+        ]
+        for verb, command in COMMANDS.items()
+    }
+    assert found == SURFACE
+
+
+@every_verb
+def test_help_ends_with_two_examples(verb: str, genatt: Genatt) -> None:
+    code, out, err = genatt(verb, "--help")
+    assert (code, err) == (0, "")
+    before, examples = out.split("Examples:")
+    assert examples.count(f"$ genatt {verb}") == examples.count("$ ") == 2
+    assert "Usage: genatt" in before
+
+
+@every_verb
+def test_examples_are_commands_that_parse(verb: str) -> None:
+    lines = [line.partition("$ ")[2] for line in COMMANDS[verb].epilog.splitlines() if "$ " in line]
+    for line in lines:
+        words = shlex.split(line.partition("   (")[0])
+        assert words[:2] == ["genatt", verb]
+        COMMANDS[verb].make_context(verb, words[2:])
+
+
+@every_verb
+def test_every_option_says_what_it_is_for(verb: str) -> None:
+    assert COMMANDS[verb].help
+    for parameter in COMMANDS[verb].params:
+        assert parameter.help, parameter.name
+
+
+def test_the_entry_point_is_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"genatt": "genatt_dist.cli:main"}
+
+
+def test_help_is_fast_and_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['genatt', '--help']\n"
+        "from genatt_dist.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'torchrec', 'polars', 'pyarrow', 'numpy', 'pydantic'}\n"
+        "print(f'heavy: {sorted(heavy & sys.modules.keys())}', file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr == "heavy: []\n"
+    assert "quickstart" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+def test_without_arguments_the_help_is_shown(genatt: Genatt) -> None:
+    code, out, err = genatt()
+    assert code == 2
+    assert "quickstart" in out + err
+    assert "error:" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'config': see genatt train --help"),
+        (["train", "x.yaml"], "Missing option '--run': see genatt train --help"),
+        (["evaluate", "runs/x", "--splt", "test"], "No such option: --splt (Possible options: --split)"),
+        (["recommend", "r", "--users", "u", "--out", "o", "--k", "ten"], "Invalid value for '--k'"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line(arguments: list[str], message: str, refusal: Callable[..., str]) -> None:
+    assert message in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-user", "0"], "--min-user 0: input should be greater than or equal to 1"),
+        (["--num-shards", "0"], "--num-shards 0: input should be greater than or equal to 1"),
+        (["--format", "xml"], "--format 'xml': input should be 'auto', 'parquet' or 'csv'"),
+        (["--duplicates", "all"], "--duplicates 'all': input should be 'none', 'exact' or 'consecutive'"),
+        (["--separator", "ab"], "--separator 'ab'"),
+        (["--id-type", "int"], "--id-type 'int': input should be 'auto' or 'string'"),
+        (["--duplicates", "exact", "--time-column", ""], "duplicates=exact compares times"),
+        (["--user-column", "item_id"], "must differ"),
+    ],
+)
+def test_a_bad_option_of_prepare(options: list[str], message: str, refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert message in refusal("prepare", "log.csv", "--out", tmp_path / "out", *options)
+
+
+class TestPrepareRefusesBeforeRayStarts:
+    @pytest.fixture(autouse=True)
+    def no_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(*_: object, **__: object) -> None:
+            raise AssertionError("a cluster was started")
+
+        monkeypatch.setattr("ray.init", start)
+
+    @pytest.fixture
+    def log(self, tmp_path: Path) -> Path:
+        pairs = [(user, item) for user, items in enumerate(histories()) for item in items]
+        frame = pl.DataFrame(pairs, schema=["user_id", "item_id"], orient="row").with_row_index("timestamp")
+        frame.write_parquet(tmp_path / "log.parquet")
+        frame.write_csv(tmp_path / "log.csv")
+        return tmp_path / "log.parquet"
+
+    def test_a_missing_file(self, refusal: Callable[..., str], tmp_path: Path) -> None:
+        message = refusal("prepare", tmp_path / "gone.csv", "--out", tmp_path / "out")
+        assert f"{tmp_path / 'gone.csv'} does not exist" in message
+
+    def test_an_unknown_name(self, refusal: Callable[..., str], tmp_path: Path) -> None:
+        assert "did you mean 'ml-100k'?" in refusal("prepare", "ml-10k", "--out", tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+    def test_a_wrong_column(self, name: str, log: Path, refusal: Callable[..., str], tmp_path: Path) -> None:
+        message = refusal("prepare", log.with_name(name), "--out", tmp_path / "out", "--user-column", "uid")
+        assert "'uid'" in message
+        assert "user_id" in message  # what there is
+        assert "item_id" in message
+
+    def test_an_empty_file(self, refusal: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "empty.csv").write_text("")
+        assert "empty.csv is empty (0 bytes)" in refusal("prepare", tmp_path / "empty.csv", "--out", tmp_path / "out")
+
+    def test_a_truncated_parquet_file(self, log: Path, refusal: Callable[..., str], tmp_path: Path) -> None:
+        cut = tmp_path / "cut.parquet"
+        cut.write_bytes(log.read_bytes()[:-40])
+        assert "cut.parquet" in refusal("prepare", cut, "--out", tmp_path / "out")
+
+    def test_an_output_that_exists(self, log: Path, refusal: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        assert "out exists already: choose another --out" in refusal("prepare", log, "--out", tmp_path / "out")
+
+    def test_an_output_that_cannot_be_written(self, log: Path, refusal: Callable[..., str]) -> None:
+        """Below a regular file: refused to root too."""
+        assert "choose an --out you may write to" in refusal("prepare", log, "--out", log / "out")
+
+
+class TestTrainRefusesBeforeAnyProcessStarts:
+    @pytest.fixture(autouse=True)
+    def no_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(*_: object, **__: object) -> None:
+            raise AssertionError("a process was started")
+
+        monkeypatch.setattr("genatt_dist.launch.launchers.subprocess.Popen", start)
+
+    @pytest.fixture
+    def train(self, refusal: Callable[..., str], config: Path, tmp_path: Path) -> Callable[..., str]:
+        return lambda *more, run=tmp_path / "run": refusal("train", config, "--run", run, *more)
+
+    def test_a_missing_config(self, refusal: Callable[..., str], tmp_path: Path) -> None:
+        message = refusal("train", tmp_path / "gone.yaml", "--run", tmp_path / "run")
+        assert "gone.yaml: No such file or directory; name an existing YAML file" in message
+
+    def test_an_unknown_key(self, train: Callable[..., str]) -> None:
+        assert "unknown key training.epoch: did you mean epochs?" in train("training.epoch=3")
+
+    def test_an_unknown_key_among_options(self, train: Callable[..., str]) -> None:
+        assert "override 'oops' is not of the form" in train("--launcher", "process", "oops")
+
+    def test_more_ranks_than_sequences_in_a_batch(self, train: Callable[..., str]) -> None:
+        message = train("world_size=9", "training.batch_sequences=2")
+        assert "world_size=9 ranks but a global batch holds as few as" in message
+        assert "raise training.batch_sequences or lower world_size" in message
+
+    def test_more_ranks_than_users_to_validate_on(self, train: Callable[..., str], tmp_path: Path) -> None:
+        from tiny_data import write_prepared
+
+        path = tmp_path / "short"
+        write_prepared(path, [[1, 2]] * 20)
+        message = train(f"data.path={path}")
+        assert "0 users have the 3 interactions that validation needs" in message
+
+    def test_a_run_directory_that_exists(self, train: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine.txt").write_text("keep")
+        assert "run exists: choose another --run, or go on with it by --resume" in train()
+
+    def test_a_run_directory_that_cannot_be_written(self, train: Callable[..., str], config: Path) -> None:
+        message = train(run=config / "run")
+        assert "cannot write run directory" in message
+        assert "choose another --run" in message
+
+    @pytest.mark.parametrize("file", ["shards/part-00001.parquet", "vocabulary/items.parquet"])
+    def test_a_corrupted_shard(self, file: str, train: Callable[..., str], prepared: Path, tmp_path: Path) -> None:
+        damaged = tmp_path / "damaged"
+        shutil.copytree(prepared, damaged)
+        content = bytearray((damaged / file).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (damaged / file).write_bytes(content)
+        message = train(f"data.path={damaged}")
+        assert f"{file} is damaged: expected sha256" in message
+
+    def test_data_that_is_none(self, train: Callable[..., str], tmp_path: Path) -> None:
+        message = train(f"data.path={tmp_path / 'nothing'}")
+        assert "is no prepared data set (no manifest.json there): run `genatt prepare` first" in message
+
+    def test_an_unknown_launcher(self, train: Callable[..., str]) -> None:
+        assert "launcher=mpi is unknown: use process, torchrun, deepspeed" in train("--launcher", "mpi")
+
+    def test_one_process_for_two_ranks(self, train: Callable[..., str]) -> None:
+        message = train("world_size=2", "--launcher", "process")
+        assert "launcher=process runs one rank, but world_size=2: use torchrun or deepspeed" in message
+
+    def test_nothing_to_resume(self, train: Callable[..., str]) -> None:
+        assert "holds no complete checkpoint" in train("--resume")
+
+    def test_a_resume_with_another_configuration(
+        self, refusal: Callable[..., str], trained_run: Path, config: Path
+    ) -> None:
+        message = refusal("train", config, "--run", trained_run, "--resume", "model.hidden_size=8", "loss.kind=bce")
+        assert "loss.kind was 'full', is 'bce', model.hidden_size was 16, is 8; only" in message
+        assert "training.epochs" in message
+
+
+def test_a_run_that_could_not_be_started_leaves_nothing(
+    genatt: Genatt, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genatt_dist.launch.launchers._WORKER", "genatt_dist.no_such_module")
+    code, _, err = genatt("train", config, "--run", tmp_path / "run")
+    assert code == 2
+    assert "ended with exit code 1 under launcher=process" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "recommend"])
+def test_a_directory_that_is_no_run(verb: str, refusal: Callable[..., str], tmp_path: Path) -> None:
+    more = [] if verb == "evaluate" else ["--users", tmp_path / "u.csv", "--out", tmp_path / "o.parquet"]
+    for run in (tmp_path, tmp_path / "gone"):
+        assert f"{run} is not a run directory (no config.yaml in it)" in refusal(verb, run, *more)
+
+
+def test_an_unknown_split(refusal: Callable[..., str], trained_run: Path) -> None:
+    assert "--split train is unknown: use valid or test" in refusal("evaluate", trained_run, "--split", "train")
+
+
+def test_evaluate_prints_json_alone_on_stdout(genatt: Genatt, trained_run: Path) -> None:
+    code, out, err = genatt("evaluate", trained_run, "--split", "valid", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((trained_run / "evaluation-valid.json").read_text())
+
+
+def test_evaluate_prints_a_table_of_the_same_numbers(genatt: Genatt, trained_run: Path) -> None:
+    code, out, _ = genatt("evaluate", trained_run)
+    metrics = json.loads((trained_run / "evaluation-test.json").read_text())["metrics"]
+    assert code == 0
+    assert f"{metrics['ndcg@10']:.4f}" in out
+    assert "dot_product on test" in out
+
+
+def test_recommend_writes_a_table_and_names_what_it_skipped(genatt: Genatt, trained_run: Path, tmp_path: Path) -> None:
+    users, out_file = tmp_path / "users.csv", tmp_path / "top.parquet"
+    users.write_text("user_id\n105\n110\n999\n")
+    code, out, err = genatt("recommend", trained_run, "--users", users, "--out", out_file, "--k", 4)
+    assert code == 0
+    assert "8 rows for 2 users" in out
+    assert err == "note: skipped 1 users that are not in tiny; add their histories (an item column) to the file: 999\n"
+    table = pl.read_parquet(out_file)
+    assert table.schema == {"user_id": pl.Int64, "rank": pl.Int32, "item_id": pl.Int64, "score": pl.Float32}
+    assert table["user_id"].to_list() == [105] * 4 + [110] * 4
+    for user, part in table.group_by("user_id"):
+        assert not set(part["item_id"]) & set(histories()[user[0] - 100])
+
+
+@pytest.mark.parametrize(
+    ("text", "k", "out", "message"),
+    [
+        (None, 3, "top.parquet", "users.csv does not exist"),
+        ("user_id\n999\n", 3, "top.parquet", "none of its 1 users is in tiny"),
+        ("uid\n105\n", 3, "top.parquet", "has no column user_id"),
+        ("user_id\n105\n", 0, "top.parquet", "k=0 is not between 1 and the catalogue's 40 items"),
+        ("user_id\n105\n", 41, "top.parquet", "k=41 is not between"),
+        ("user_id\n105\n", 3, "users.csv/top.parquet", "cannot write"),
+    ],
+)
+def test_recommend_refuses_in_one_line(
+    text: str | None, k: int, out: str, message: str, refusal: Callable[..., str], trained_run: Path, tmp_path: Path
+) -> None:
+    users = tmp_path / "users.csv"
+    if text is not None:
+        users.write_text(text)
+    assert message in refusal("recommend", trained_run, "--users", users, "--out", tmp_path / out, "--k", k)
+
+
+class TestQuickstartRefuses:
+    def test_missing_data_and_keeps_what_an_earlier_one_made(
+        self, genatt: Genatt, prepared: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "quick"
+        shutil.copytree(prepared, out / "shards")
+        (out / "report.json").write_text("{}")
+        code, _, err = genatt("quickstart", "--data", tmp_path / "gone.csv", "--out", out)
+        assert code == 2
+        assert err.splitlines()[-1].startswith(f"error: source {tmp_path / 'gone.csv'} does not exist")
+        assert "Traceback" not in err
+        assert (out / "report.json").exists()
+        assert (out / "shards" / "manifest.json").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+    @pytest.mark.parametrize("names", [["thesis.tex"], ["shards", "thesis.tex"], ["shards"], ["report.json"]])
+    def test_a_directory_that_it_did_not_make(
+        self, names: list[str], refusal: Callable[..., str], tmp_path: Path
+    ) -> None:
+        """It would be deleted: `--out .` beside prepared data must not cost anything."""
+        out = tmp_path / "mine"
+        for name in names:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).mkdir() if name == "shards" else (out / name).write_text("years of work")
+        message = refusal("quickstart", "--out", out)
+        assert f"{out} exists and no quickstart made all of it: choose another --out" in message
+
+    def test_a_file_in_the_way(self, refusal: Callable[..., str], config: Path) -> None:
+        assert "choose another --out" in refusal("quickstart", "--out", config)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["training.epoch=1"], "unknown key training.epoch: did you mean epochs?"),
+            (["--launcher", "mpi"], "launcher=mpi is unknown"),
+            (["--launcher", "process"], "launcher=process runs one rank, but world_size=2"),
+        ],
+    )
+    def test_a_wrong_option_before_it_prepares(
+        self, options: list[str], message: str, refusal: Callable[..., str], tmp_path: Path
+    ) -> None:
+        assert message in refusal("quickstart", "--out", tmp_path / "quick", *options)
+
+
+CHECKS = [
+    Check("Python", True, "3.11", ""),
+    Check("GPU", None, "none", "fine without"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("checks", "code"), [(CHECKS, 0), ([*CHECKS, Check("torch", False, "2.0", "make setup")], 1)])
+def test_doctor_prints_its_checks_as_json(
+    checks: list[Check], code: int, genatt: Genatt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: checks)
+    found, out, err = genatt("doctor", "--json")
+    assert (found, err) == (code, "")
+    assert json.loads(out) == [asdict(check) for check in checks]
+    found, out, _ = genatt("doctor")
+    assert found == code
+    assert all(check.name in out for check in checks)
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(genatt: Genatt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> list[Check]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    code, out, err = genatt("doctor")
+    assert (code, out, err) == (130, "", "stopped\n")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_from_a_raw_log_to_recommendations(tmp_path: Path) -> None:
+    """The four verbs one after the other, as a user types them."""
+    pairs = [(f"user {user}", f"{item:05d}") for user, items in enumerate(histories()) for item in items]
+    frame = pl.DataFrame(pairs, schema=["uid", "sku"], orient="row").with_row_index("timestamp")
+    frame.write_csv(tmp_path / "log.csv")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree("shards")))
+    program = str(Path(sys.executable).with_name("genatt"))
+
+    def run(line: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [program, *shlex.split(line)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert "Traceback" not in done.stderr
+        return done
+
+    nulls = frame.with_columns(pl.when(pl.col("timestamp") == 7).then(None).otherwise(pl.col("uid")).alias("uid"))
+    nulls.write_parquet(tmp_path / "nulls.parquet")
+    columns = "--user-column uid --item-column sku --min-user 1 --min-item 1 --num-shards 2"
+    failed = run(f"prepare nulls.parquet --out shards {columns}")
+    assert failed.returncode == 2
+    assert "error: " in failed.stderr.splitlines()[-1]
+    assert "nulls.parquet" in failed.stderr.splitlines()[-1]
+    assert not (tmp_path / "shards").exists()
+
+    lines = [
+        f"prepare log.csv --out shards {columns}",
+        "train run.yaml --run run training.epochs=1",
+        "evaluate run --json",
+        "recommend run --users log.csv --out top.parquet --k 3",
+    ]
+    done = [run(line) for line in lines]
+    assert [one.returncode for one in done] == [0] * 4, done[-1].stderr
+    assert json.loads(done[2].stdout)["users"] == sum(len(items) >= 3 for items in histories())
+    assert pl.read_parquet(tmp_path / "top.parquet")["user_id"].n_unique() == 47  # one has seen everything

@@ -1,0 +1,78 @@
+"""Everything a report shows about a run is in a file of its directory, and only rank 0 writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from genatt_dist.training.telemetry import Telemetry, write_environment
+
+
+def test_each_record_is_a_line_of_json_and_a_point_of_a_curve(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Telemetry(tmp_path, "dot_product", 10, active=True) as telemetry:
+        telemetry.record("train", 5, {"loss": 2.5, "epoch": 0})
+        first = (tmp_path / "metrics.jsonl").read_text()
+        assert first.endswith("}\n")  # a run that is killed loses no whole line
+        telemetry.record("valid", 5, {"ndcg@10": 0.25})
+        telemetry.advance(5, "going on")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 5), ("valid", 5)]
+    assert lines[0]["loss"] == 2.5
+    assert lines[0]["time"] > 1e9
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("valid/ndcg@10")] == [(5, 0.25)]
+    assert [point.value for point in events.Scalars("train/loss")] == [2.5]
+
+
+def test_a_resumed_run_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with Telemetry(tmp_path, "x", 2, active=True) as telemetry:
+            telemetry.record("train", step, {"loss": 1.0})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Telemetry(tmp_path, "x", 2, active=False) as telemetry:
+        telemetry.record("train", 1, {"loss": 1.0})
+        telemetry.say("hello")
+        telemetry.advance(1, "status")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_messages_go_to_stderr_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Telemetry(tmp_path, "x", 2, active=True) as telemetry:
+        telemetry.say("[3 s] not markup")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "[3 s] not markup\n" in err
+
+
+def test_environment_names_versions_and_hardware_but_no_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "secret-value")
+    write_environment(tmp_path, torch.device("cpu"))
+    text = (tmp_path / "environment.json").read_text()
+    environment = json.loads(text)
+    assert {"torch", "torchrec", "deepspeed", "ray"} <= environment["versions"].keys()
+    assert environment["device"] == "cpu"
+    assert environment["cpu_count"] >= 1
+    assert "secret-value" not in text
+
+
+def test_a_finished_run_holds_all_its_files(trained_run: Path) -> None:
+    names = {path.name for path in trained_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "environment.json", "summary.json"} <= names
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "valid"] == [1, 2]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    summary = json.loads((trained_run / "summary.json").read_text())
+    assert (summary["train"]["epochs"], summary["train"]["launcher"]) == (2, "process")
+    best = max((line for line in lines if line["kind"] == "valid"), key=lambda line: line["ndcg@10"])
+    assert summary["valid"]["ndcg@10"] == best["ndcg@10"]
