@@ -18,6 +18,7 @@ import typer.main
 import yaml
 from tiny_data import histories, run_tree
 
+from data_pipeline.errors import GenattError
 from genatt_dist import cli, doctor
 from genatt_dist.doctor import Check
 
@@ -368,8 +369,8 @@ def test_recommend_refuses_in_one_line(
     assert message in refusal("recommend", trained_run, "--users", users, "--out", tmp_path / out, "--k", k)
 
 
-class TestQuickstartRefuses:
-    def test_missing_data_and_keeps_what_an_earlier_one_made(
+class TestQuickstart:
+    def test_refuses_missing_data_and_keeps_what_an_earlier_one_made(
         self, genatt: Genatt, prepared: Path, tmp_path: Path
     ) -> None:
         out = tmp_path / "quick"
@@ -383,8 +384,26 @@ class TestQuickstartRefuses:
         assert (out / "shards" / "manifest.json").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["quick"]
 
+    def test_replaces_an_earlier_one_once_the_new_data_are_prepared(
+        self, genatt: Genatt, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: object) -> None:
+            raise GenattError("far enough")
+
+        monkeypatch.setattr("genatt_dist.quickstart.prepare", lambda config: shutil.copytree(prepared, config.out))
+        monkeypatch.setattr("genatt_dist.quickstart.runs.train", stop)
+        out = tmp_path / "quick"
+        (out / "shards").mkdir(parents=True)
+        (out / "shards" / "manifest.json").write_text("an older one")
+        (out / "variational").mkdir()
+        code, _, err = genatt("quickstart", "--out", out)
+        assert (code, err.splitlines()[-1]) == (2, "error: far enough")
+        assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+        assert [path.name for path in out.iterdir()] == ["shards"]
+        assert (out / "shards" / "manifest.json").read_bytes() == (prepared / "manifest.json").read_bytes()
+
     @pytest.mark.parametrize("names", [["thesis.tex"], ["shards", "thesis.tex"], ["shards"], ["report.json"]])
-    def test_a_directory_that_it_did_not_make(
+    def test_refuses_a_directory_that_it_did_not_make(
         self, names: list[str], refusal: Callable[..., str], tmp_path: Path
     ) -> None:
         """It would be deleted: `--out .` beside prepared data must not cost anything."""
@@ -395,7 +414,7 @@ class TestQuickstartRefuses:
         message = refusal("quickstart", "--out", out)
         assert f"{out} exists and no quickstart made all of it: choose another --out" in message
 
-    def test_a_file_in_the_way(self, refusal: Callable[..., str], config: Path) -> None:
+    def test_refuses_a_file_in_the_way(self, refusal: Callable[..., str], config: Path) -> None:
         assert "choose another --out" in refusal("quickstart", "--out", config)
 
     @pytest.mark.parametrize(
@@ -406,7 +425,7 @@ class TestQuickstartRefuses:
             (["--launcher", "process"], "launcher=process runs one rank, but world_size=2"),
         ],
     )
-    def test_a_wrong_option_before_it_prepares(
+    def test_refuses_a_wrong_option_before_it_prepares(
         self, options: list[str], message: str, refusal: Callable[..., str], tmp_path: Path
     ) -> None:
         assert message in refusal("quickstart", "--out", tmp_path / "quick", *options)

@@ -73,6 +73,5 @@ def test_kappa_is_applied_after_the_query_projection(make_context):
 
 
 def test_a_query_projection_of_offset_logits_is_refused():
-    config = VariationalAttention(form="matrix", query_projection=True)
-    with pytest.raises(ValueError, match="query_projection=true needs form=factor"):
-        Variational(model_of(config), config, 5, 0)
+    with pytest.raises(ValueError, match="query_projection=true with form=matrix"):
+        VariationalAttention(form="matrix", query_projection=True)

@@ -1,8 +1,8 @@
 """The same updates twice: by the product on this process's rank, and by plain PyTorch in one process.
 
-The reference knows no DeepSpeed and no TorchRec. It shares the model's forward pass, the batches and the keyed draws; what
-the product is about is done by hand: one loss over the whole global batch, one backward, the sum of all gradients of a
-row, and the two optimizers.
+The reference knows no DeepSpeed and no TorchRec. It shares the model's forward pass, the batches and the keyed draws;
+what the product is about is done by hand: one loss over the whole global batch, one backward, the sum of all gradients
+of a row, and the two optimizers.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def gather_rows(table: ShardedTable) -> Tensor:
 
 
 class _PlainTable:
-    """Rows as one parameter, updated by SGD or by row-wise Adagrad (its state: sums of a row's mean squared gradient)."""
+    """Rows as one parameter, updated by SGD or by row-wise Adagrad, whose state sums a row's mean squared gradients."""
 
     def __init__(self, config: RunConfig, num_items: int) -> None:
         rows = initial_rows(0, num_items + 1, config.model.hidden_size, config.table.init_std, config.training.seed)

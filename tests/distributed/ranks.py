@@ -1,8 +1,8 @@
 """Runs a function in several processes that can form a process group, and brings back what each rank returned.
 
-The processes are forked from a server that has imported torch, torchrec and deepspeed once (5 to 8 seconds); a rank then
-costs hundredths of a second, and every call gets fresh ones: no state of a library is left over, and a rank that hangs
-can be killed.
+The processes are forked from a server that has imported torch, torchrec and deepspeed once (5 to 8 seconds); a rank
+then costs hundredths of a second, and every call gets fresh ones: no state of a library is left over, and a rank that
+hangs can be killed.
 """
 
 from __future__ import annotations

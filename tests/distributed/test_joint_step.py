@@ -1,4 +1,4 @@
-"""The joint step on two ranks is plain PyTorch on one: dense layers under DeepSpeed and rows under TorchRec follow one loss.
+"""The joint step on two ranks is plain PyTorch on one: layers under DeepSpeed and rows under TorchRec follow one loss.
 
 Differences are bounded by rounding (sums are taken in another order); clipping is off, as the contract says.
 """

@@ -1,4 +1,4 @@
-"""The same run under every launcher, from `runs.train` down to real worker processes, and what happens when one of them dies."""
+"""The same run under every launcher, from `runs.train` down to real workers, also when one of them dies."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _START_SECONDS, _END_SECONDS = 120, 60
 def _on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def _losses(run: Path) -> list[float]:
@@ -33,7 +34,7 @@ def _losses(run: Path) -> list[float]:
 
 
 def test_all_launchers_train_the_same(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """One process, two ranks under torchrun, two under deepspeed; dropout and latents are keyed, so even those agree."""
+    """One process, two ranks under torchrun, two under deepspeed; dropout and latents are keyed, so they agree too."""
     adamw = ("training.optimizer=adamw", "training.learning_rate=0.005", "training.epochs=2", _VARIATIONAL)
     losses = {}
     for launcher, world_size in (("process", 1), ("torchrun", 2), ("deepspeed", 2)):
@@ -43,20 +44,15 @@ def test_all_launchers_train_the_same(make_config: Callable[..., RunConfig], tmp
         assert summary["train"]["world_size"] == world_size
         losses[launcher] = _losses(tmp_path / launcher)
     assert len(losses["process"]) >= 2
-    print(
-        "process against torchrun:", max(abs(a - b) for a, b in zip(losses["process"], losses["torchrun"], strict=True))
-    )
-    print(
-        "torchrun against deepspeed:",
-        max(abs(a - b) for a, b in zip(losses["torchrun"], losses["deepspeed"], strict=True)),
-    )
-    assert losses["torchrun"] == pytest.approx(losses["process"], rel=0, abs=1e-5)
-    assert losses["deepspeed"] == pytest.approx(losses["torchrun"], rel=0, abs=1e-6)
+    for left, right, tolerance in (("process", "torchrun", 1e-5), ("torchrun", "deepspeed", 1e-6)):
+        difference = max(abs(a - b) for a, b in zip(losses[left], losses[right], strict=True))
+        print(f"largest difference of losses, {left} and {right}: {difference:.1e}")
+        assert difference <= tolerance
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_dead_rank_ends_the_run(make_config: Callable[..., RunConfig], tmp_path: Path, launcher: str) -> None:
-    """A killed rank (out of memory, say) leaves the others waiting in a collective; the run ends and names itself all the same."""
+    """A killed rank (out of memory, say) leaves the others waiting in a collective; the run ends all the same."""
     run, errors = tmp_path / "run", []
 
     def train() -> None:
@@ -68,7 +64,11 @@ def test_dead_rank_ends_the_run(make_config: Callable[..., RunConfig], tmp_path:
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        _wait_until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 2, _START_SECONDS)
+        deadline = time.monotonic() + _START_SECONDS
+        while not (run / "metrics.jsonl").exists() or len(_losses(run)) < 3:
+            assert thread.is_alive(), f"it did not start: {errors}"
+            assert time.monotonic() < deadline, "it took too long to start"
+            time.sleep(0.1)
         workers = list(_workers(run))
         victim = next(worker for worker in workers if worker.environ().get("RANK") == "1")
         victim.kill()
@@ -88,18 +88,10 @@ def test_dead_rank_ends_the_run(make_config: Callable[..., RunConfig], tmp_path:
 
 
 def _workers(run: Path) -> Iterator[psutil.Process]:
-    """The ranks of `run` that are alive, started by this process (not the launcher, whose command line names them too)."""
-    for process in psutil.Process().children(recursive=True):
+    """The ranks of `run` that are alive, also if their launcher is not (whose command line names `run` too)."""
+    for process in psutil.process_iter():
         try:
-            command = process.cmdline()
-            if str(run) in command and process.environ().get("RANK") is not None and process.is_running():
+            if str(run) in process.cmdline() and "RANK" in process.environ():
                 yield process
         except psutil.Error:
             continue
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
-        time.sleep(0.1)

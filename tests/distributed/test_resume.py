@@ -1,7 +1,7 @@
 """A run that was stopped and resumed is the run that never stopped: the same losses, rows, weights and optimizer state.
 
-The runs are real ones (`training.trainer.train` on every rank) with keyed dropout and noise on, so a draw that hung on a process,
-or a cursor that was off by one batch, would show.
+The runs are real ones (`training.trainer.train` on every rank) with keyed dropout and noise on, so a draw that hung on
+a process, or a cursor that was off by one batch, would show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RUNS = {
 }
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     pass
 
 
@@ -50,13 +50,13 @@ def train(run: Path, resume: bool = False, stop: bool = False) -> None:
     def fail(self: telemetry.Telemetry, kind: str, step: int, values: dict[str, float]) -> None:
         record(self, kind, step, values)
         if kind == "train" and values["epoch"] == _STOPPED_EPOCH:
-            raise _Stopped
+            raise _StoppedError
 
     if stop:
         telemetry.Telemetry.record = fail  # type: ignore[method-assign]
     try:
         trainer.train(run, "test", resume)
-    except _Stopped:
+    except _StoppedError:
         assert stop
 
 

@@ -1,4 +1,4 @@
-"""The sharded table holds and ranks what the replicated one does, whatever the number of ranks, and DeepSpeed leaves it alone."""
+"""The sharded table holds and ranks what the replicated one does, on any number of ranks; DeepSpeed leaves it alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from genatt_dist.training.step import DenseModel
 pytestmark = pytest.mark.distributed
 
 _VARIATIONAL = "model.attention={type: variational, rank: 4, latent_size: 6, generator_size: 12}"
-# World sizes and catalogues: with the padding row, blocks of equal and of unequal size, and rank 0 with the padding row alone.
+# World sizes and catalogues: with the padding row, equal and unequal blocks, and rank 0 with that row alone.
 _LAYOUTS = [(1, 200), (2, 200), (3, 200), (2, 3), (2, 2), (3, 2)]
 
 
