@@ -44,10 +44,11 @@ class Outcome:
     table: npt.NDArray[np.float32]
 
     def difference(self, other: Outcome) -> tuple[float, float, float]:
-        """Largest absolute differences: of losses, dense tensors, table rows."""
+        """Largest differences: of losses (as a share of those above 1), dense tensors, table rows."""
         assert self.dense.keys() == other.dense.keys()
+        losses = np.abs(self.losses - other.losses) / np.maximum(1, np.abs(other.losses))
         dense = max(float(np.abs(self.dense[name] - other.dense[name]).max()) for name in self.dense)
-        return float(np.abs(self.losses - other.losses).max()), dense, float(np.abs(self.table - other.table).max())
+        return float(losses.max()), dense, float(np.abs(self.table - other.table).max())
 
 
 def by_product(config: RunConfig) -> Outcome:
@@ -56,6 +57,8 @@ def by_product(config: RunConfig) -> Outcome:
     sequences = Sequences.read(config.data.path)
     torch.manual_seed(config.training.seed)
     engine = Engine(DenseModel(config, sequences.num_items), config.training)
+    whole = sum(parameter.numel() for parameter in engine.module.parameters())
+    assert (whole == 0) == (config.training.zero_stage == 3), "only ZeRO-3 takes parameters apart, and then all of them"
     table = sharded_table(config, sequences.num_items) if config.table.kind == "sharded" else None
     step = JointStep(
         config,

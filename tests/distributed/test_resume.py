@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-import tiny_shards
 
 from data_pipeline.errors import GenattError
+from data_pipeline.format import load_manifest
 from genatt_dist import config as configuration
 from genatt_dist import runs
 from genatt_dist.config import RunConfig
@@ -113,7 +113,8 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     expected, found = _losses(whole), _losses(resumed)
     assert expected.keys() == found.keys()
     loss = max(abs(expected[step] - found[step]) for step in expected)
-    weights = _largest_difference(checkpoint.newest(whole), checkpoint.newest(resumed))
+    num_rows = load_manifest(config.data.path).num_items + 1
+    weights = _largest_difference(checkpoint.newest(whole), checkpoint.newest(resumed), num_rows)
     print(f"largest differences of losses {loss:.1e}, of weights and optimizer state {weights:.1e}")
     assert loss <= tolerance
     assert weights <= tolerance
@@ -145,10 +146,12 @@ def test_corrupted_byte_of_a_checkpoint_is_named(stopped_run: tuple[RunConfig, P
         path.write_bytes(content)
 
 
-def test_resuming_with_other_data_is_refused(stopped_run: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    """Other sequences at the same path: only the manifest's hash tells."""
+def test_resuming_with_other_data_is_refused(
+    stopped_run: tuple[RunConfig, Path], tmp_path: Path, write_set: Callable[[Path, int], Path]
+) -> None:
+    """As large, with other sequences: only the manifest's hash tells."""
     config, run = stopped_run
-    other = tiny_shards.write(tmp_path / "other", seed=1)
+    other = write_set(tmp_path / "other", 1)
     write_config(run, config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})}))
     for error in ranks.run(told_error, 2, run, True):
         assert "was trained on data with manifest" in error
@@ -183,17 +186,17 @@ def _losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] + line["generative_loss"] for line in lines if line["kind"] == "train"}
 
 
-def _largest_difference(left: Path, right: Path) -> float:
+def _largest_difference(left: Path, right: Path, num_rows: int) -> float:
     """Over all tensors of two checkpoints: dense weights, moments, buffers, rows and their state."""
-    ours, theirs = _tensors(left), _tensors(right)
+    ours, theirs = _tensors(left, num_rows), _tensors(right, num_rows)
     assert ours.keys() == theirs.keys()
     assert checkpoint.read_progress(left).step == checkpoint.read_progress(right).step
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray]:
+def _tensors(path: Path, num_rows: int) -> dict[str, np.ndarray]:
     tensors = {name: value.numpy() for name, value in checkpoint.read_dense(path).items()}
-    part = checkpoint.read_table(path, 0, tiny_shards.NUM_ITEMS + 1)
+    part = checkpoint.read_table(path, 0, num_rows)
     if part is None:
         return tensors
     assert set(part.optimizer) == {"momentum1"}

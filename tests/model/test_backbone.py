@@ -38,7 +38,7 @@ def test_later_items_change_no_earlier_row(name, heads, blocks, training):
     start = sum(LENGTHS[:changed])
     same[start + position : start + LENGTHS[changed]] = False
     assert torch.equal(before[same], after[same])
-    assert (before[~same] - after[~same]).abs().min() > 0
+    assert (before[~same] - after[~same]).abs().amax(1).min() > 0
 
 
 @every_attention
