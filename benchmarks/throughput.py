@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput --shards shards/amazon-beauty --out benchmarks/results/throughput_beauty.json
 
-Two child processes live at the same time with the same environment (threads, allocator); they take turns, one epoch each, in an
-order drawn anew every round, so that a noisy machine slows both. A row holds one round; the figure to quote is the median of the
-rounds' ratios. The first round warms up and is not kept.
+Two child processes live at the same time with the same environment (threads, allocator); they take turns, one epoch
+each, in an order drawn anew every round, so that a noisy machine slows both. A row holds one round; the figure to quote
+is the median of the rounds' ratios. The first round warms up and is not kept.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="what `genatt prepare` published")
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--default-allocator", action="store_true", help="leave the allocator as glibc has it, for both")
+    parser.add_argument(
+        "--default-allocator", action="store_true", help="leave the allocator as glibc has it, for both"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     arguments = parser.parse_args()
@@ -127,7 +129,9 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"ours / plain PyTorch: {result['median_ratio']:.2f} (median of {len(rows)} rounds) → {arguments.out}")
+    console.print(
+        f"ours / plain PyTorch: {result['median_ratio']:.2f} (median of {len(rows)} rounds) → {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -54,11 +54,12 @@ def check_launcher(launcher: str, world_size: int) -> None:
 
 
 def check_data(config: RunConfig) -> None:
-    """Whether the shards are whole (sha256), every rank gets a sequence of every batch, and there is a user to
-    validate on for each.
+    """Whether the shards are whole (sha256), every rank gets a sequence of every batch, a user to validate on
+    and, of a sharded table, a row.
     """
     from genatt_dist.data.batches import TrainingBatches
     from genatt_dist.data.sequences import Sequences
+    from genatt_dist.embedding.table import check_shards
 
     sequences = Sequences.read(config.data.path, verify=True)
     TrainingBatches.plan(sequences, config.data, config.training).check(config.world_size, config.training.epochs)
@@ -67,6 +68,8 @@ def check_data(config: RunConfig) -> None:
             f"{sequences.manifest.name}: {held_out} users have the {sequences.manifest.split.min_length} interactions "
             f"that validation needs, fewer than world_size={config.world_size}: prepare it with more users"
         )
+    if config.table.kind == "sharded":
+        check_shards(sequences.num_items + 1, config.world_size)
 
 
 def read_config(run: Path) -> RunConfig:

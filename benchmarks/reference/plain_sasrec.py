@@ -1,7 +1,7 @@
 """A plain PyTorch SASRec, as good as it gets without this project: what `benchmarks/throughput.py` measures against.
 
-Padded backbone (n columns for every sequence), softmax at real targets only, PyTorch's own cross-entropy, dropout and fused
-AdamW. The same layers, widths and data as `configs/beauty_dot_product.yaml`.
+Padded backbone (n columns for every sequence), softmax at real targets only, PyTorch's own cross-entropy, dropout and
+fused AdamW. The same layers, widths and data as `configs/beauty_dot_product.yaml`.
 
 Legend: B sequences, n positions, D width, N real targets, V items.
 """
@@ -70,7 +70,9 @@ class PlainTraining:
         real = column < length[:, None]
         pick = np.where(real, index, 0)
         self._inputs = torch.from_numpy(np.where(real, sequences.items[pick], 0).astype(np.int64))
-        self._targets = torch.from_numpy(np.where(real, sequences.items[np.where(real, index + 1, 0)], 0).astype(np.int64))
+        self._targets = torch.from_numpy(
+            np.where(real, sequences.items[np.where(real, index + 1, 0)], 0).astype(np.int64)
+        )
         self.num_sequences, self.num_targets = len(users), int(length.sum())
 
     def epoch(self, epoch: int) -> float:

@@ -26,10 +26,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_pipeline.errors import GenattError
 from genatt_dist.config import TableConfig
 from genatt_dist.embedding.ranking import Query, Ranking, merge, rank_shard, target_scores
-from genatt_dist.embedding.table import initial_rows
+from genatt_dist.embedding.table import check_shards, initial_rows
 
 _FEATURE = "item"
 _OPTIMIZERS = {
@@ -45,7 +44,7 @@ class ShardedTable:
     def __init__(
         self, num_items: int, width: int, config: TableConfig, learning_rate: float, seed: int, device: torch.device
     ) -> None:
-        _check_rows(num_items + 1, dist.get_world_size())
+        check_shards(num_items + 1, dist.get_world_size())
         collection = EmbeddingCollection(
             device=torch.device("meta"),
             tables=[
@@ -130,17 +129,6 @@ class ShardedTable:
         score_Bk, top_Bk = merge(scores, ids, k)
         mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         return Ranking(local.ahead_B[mine], top_Bk[mine], score_Bk[mine])
-
-
-def _check_rows(num_rows: int, world_size: int) -> None:
-    """Raise GenattError when row-wise sharding (equal blocks, the last one shorter) leaves a rank none: fbgemm looks up
-    no ids in an empty table on the CPU.
-    """
-    if (world_size - 1) * -(-num_rows // world_size) >= num_rows:
-        raise GenattError(
-            f"table.kind=sharded: {num_rows - 1} items are too few for world_size={world_size}, some rank would hold "
-            "no row; use table.kind=replicated, or lower world_size"
-        )
 
 
 def _planner(device: torch.device) -> EmbeddingShardingPlanner:

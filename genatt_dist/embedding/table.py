@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive, normal
 from genatt_dist.embedding.ranking import Query, Ranking, rank_shard, target_scores
 
@@ -33,6 +34,17 @@ def initial_rows(first: int, count: int, width: int, std: float, seed: int) -> T
     rows = normal(key, width) * std
     rows[: max(0, min(1 - first, count))] = 0  # row 0 is padding
     return rows
+
+
+def check_shards(num_rows: int, world_size: int) -> None:
+    """Raise GenattError when row-wise sharding (equal blocks, the last one shorter) leaves a rank none: fbgemm looks up
+    no ids in an empty table on the CPU.
+    """
+    if (world_size - 1) * -(-num_rows // world_size) >= num_rows:
+        raise GenattError(
+            f"table.kind=sharded: {num_rows - 1} items are too few for world_size={world_size}, some rank would hold "
+            "no row; use table.kind=replicated, or lower world_size"
+        )
 
 
 class ReplicatedTable(nn.Module):

@@ -28,12 +28,14 @@ from data_pipeline.errors import GenattError
 class Telemetry:
     """Writes on rank 0; on other ranks every call does nothing."""
 
-    def __init__(self, run: Path, title: str, total_steps: int, active: bool) -> None:
+    def __init__(self, run: Path, title: str, total_steps: int, active: bool, first_step: int = 0) -> None:
+        """first_step: updates a resumed run has behind it; what a stopped one recorded after them is forgotten."""
         self._active = active
         if not active:
             return
+        _forget_after(run / "metrics.jsonl", first_step)
         self._file = (run / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"))
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._mlflow = _mlflow(run)
         self._console = Console(stderr=True)
         self._progress = Progress(
@@ -84,6 +86,16 @@ class Telemetry:
         """One line above the bar."""
         if self._active:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the records of later steps (and a last line that was cut off): the resumed run makes them again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    temporary.rename(path)
 
 
 def _mlflow(run: Path) -> Any:

@@ -105,7 +105,9 @@ class Trainer:
     def run(self) -> Summary:
         """All epochs that are left."""
         title = self._config.model.attention.type
-        with Telemetry(self._run, title, self._total_steps, active=self._rank == 0) as self._telemetry:
+        with Telemetry(
+            self._run, title, self._total_steps, active=self._rank == 0, first_step=self._progress.step
+        ) as self._telemetry:
             if self._rank == 0:
                 write_environment(self._run, self._device)
             started = time.perf_counter() - self._progress.seconds

@@ -28,13 +28,6 @@ def test_each_record_is_a_line_of_json_and_a_point_of_a_curve(tmp_path: Path) ->
     assert [point.value for point in events.Scalars("train/loss")] == [2.5]
 
 
-def test_a_resumed_run_appends(tmp_path: Path) -> None:
-    for step in (1, 2):
-        with Telemetry(tmp_path, "x", 2, active=True) as telemetry:
-            telemetry.record("train", step, {"loss": 1.0})
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Telemetry(tmp_path, "x", 2, active=False) as telemetry:
         telemetry.record("train", 1, {"loss": 1.0})
@@ -76,3 +69,16 @@ def test_a_finished_run_holds_all_its_files(trained_run: Path) -> None:
     assert (summary["train"]["epochs"], summary["train"]["launcher"]) == (2, "process")
     best = max((line for line in lines if line["kind"] == "valid"), key=lambda line: line["ndcg@10"])
     assert summary["valid"]["ndcg@10"] == best["ndcg@10"]
+
+
+def test_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    """Those steps are run again; a report would draw them twice. A line that a kill cut off goes too."""
+    with Telemetry(tmp_path, "x", 4, active=True) as telemetry:
+        for step in (1, 2, 3):
+            telemetry.record("train", step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    with Telemetry(tmp_path, "x", 4, active=True, first_step=2) as telemetry:
+        telemetry.record("train", 3, {"loss": 30.0})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [(1, 1.0), (2, 2.0), (3, 30.0)]
