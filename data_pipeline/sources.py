@@ -103,7 +103,7 @@ def _describe(fs: fsspec.AbstractFileSystem, file: str, base: str, config: Prepa
 def _missing(path: str) -> GenattError:
     """A bare word was meant as a name, anything else as a path."""
     if "/" in path or "." in path:
-        return GenattError(f"source {redact(path)} does not exist: check the path (--data PATH)")
+        return GenattError(f"source {redact(path)} does not exist: check the path")
     near = difflib.get_close_matches(path.partition(":")[0], KNOWN_SETS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return GenattError(

@@ -87,7 +87,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     run: Annotated[Path, typer.Option(help="Run directory to create.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.epochs=3.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. training.epochs=3.")
     ] = None,
     launcher: Annotated[str | None, typer.Option(help="process, torchrun or deepspeed; default by world_size.")] = None,
     resume: Annotated[
@@ -179,7 +179,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     launcher: Annotated[str, typer.Option(help="torchrun or deepspeed.")] = "deepspeed",
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of configs/quickstart.yaml.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of configs/quickstart.yaml.")
     ] = None,
 ) -> None:
     """Raw log → shards → three models on two ranks → evaluation → report."""

@@ -157,8 +157,10 @@ class LossConfig(Section):
     proposal: Literal["uniform", "log_uniform", "popularity"] = Field(
         "uniform", description="Law of the negatives (sampled)."
     )
-    chunk_tokens: int = Field(
-        256, ge=1, description="Targets whose logits exist at one time (full): few enough that they stay in cache."
+    chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Targets whose logits exist at one time (full); default: by the catalogue's size and device.",
     )
 
 
@@ -187,6 +189,11 @@ class TrainingConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     patience: int = Field(5, ge=1, description="Evaluations without a better validation NDCG@10 before training stops.")
     evaluate_every: int = Field(1, ge=1, description="Epochs between evaluations.")
+    checkpoint_every: int | None = Field(
+        None,
+        ge=1,
+        description="Updates between checkpoints inside an epoch; one is written after each evaluation anyway.",
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -311,7 +318,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         names = sorted(_fields(location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        section = "".join(f"{part}." for part in _keys(location)[:-1])
+        hint = f"did you mean {section}{near[0]}?" if near else f"known: {', '.join(names)}"
         return f"unknown key {dotted}: {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from genatt_dist.launch.launchers import worker_environment
+from genatt_dist.launch.limits import available_cores, available_memory
 
 GiB = 2**30
 INSTALL = "run `make setup`"
@@ -241,19 +242,6 @@ def check_compiler() -> Check:
 # --- processor and memory ---------------------------------------------------------------------------------------------
 
 
-def available_cores() -> float:
-    """Cores this process may use: its affinity, and its cgroup's quota, which cpu_count() ignores in a container."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.strip().isdigit() else cores
-
-
-def available_memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its cgroup's limit."""
-    limit = _read("/sys/fs/cgroup/memory.max")
-    return min(psutil.virtual_memory().total, int(limit)) if limit.isdigit() else psutil.virtual_memory().total
-
-
 def check_cores() -> Check:
     """One rank needs a core of its own."""
     cores = available_cores()
@@ -386,13 +374,6 @@ def _output(command: list[str], seconds: float) -> str | None:
         ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _size(count: int) -> str:

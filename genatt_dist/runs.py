@@ -13,12 +13,12 @@ from typing import Any
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
-from genatt_dist.launch.launchers import LAUNCHERS, launch
+from genatt_dist.launch.launchers import check_launcher, launch
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
-# What may differ when a run is resumed: a checkpoint depends on none of it.
-_RESUMABLE = {"world_size", "training.zero_stage", "training.epochs", "training.max_seconds", "training.patience"}
+# What may differ when a run is resumed: neither a checkpoint nor the schedule of rates depends on it.
+_RESUMABLE = {"world_size", "training.zero_stage", "training.max_seconds", "training.patience"}
 
 
 def train(config: RunConfig, run: Path, launcher: str | None = None, resume: bool = False) -> dict[str, Any]:
@@ -39,18 +39,11 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
         launch(run, launcher, config.world_size, resume)
         summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
     except BaseException:
-        if not resume and not (run / "checkpoints").exists():
+        log = run / "metrics.jsonl"
+        if not resume and not (log.exists() and log.stat().st_size):  # it never trained: nothing to keep
             shutil.rmtree(run, ignore_errors=True)
         raise
     return summary
-
-
-def check_launcher(launcher: str, world_size: int) -> None:
-    """Whether there is such a launcher and it can start so many ranks."""
-    if launcher not in LAUNCHERS:
-        raise GenattError(f"launcher={launcher} is unknown: use {', '.join(LAUNCHERS)}")
-    if launcher == "process" and world_size > 1:
-        raise GenattError(f"launcher=process runs one rank, but world_size={world_size}: use torchrun or deepspeed")
 
 
 def check_data(config: RunConfig) -> None:

@@ -34,8 +34,8 @@ def refusal(file: Path, *overrides: str) -> str:
     ("override", "message"),
     [
         ("modle.hidden_size=3", "unknown key modle: did you mean model?"),
-        ("training.epoch=3", "unknown key training.epoch: did you mean epochs?"),
-        ("loss.negatives=3", "unknown key loss.negatives: did you mean num_negatives?"),
+        ("training.epoch=3", "unknown key training.epoch: did you mean training.epochs?"),
+        ("loss.negatives=3", "unknown key loss.negatives: did you mean loss.num_negatives?"),
         ("zzz=3", "unknown key zzz: known: data, evaluation, loss, model, table, training, world_size"),
     ],
 )
@@ -45,11 +45,11 @@ def test_an_unknown_key_names_the_nearest(override: str, message: str, file: Pat
 
 def test_an_unknown_key_of_an_attention_names_the_nearest_of_its_type(file: Path) -> None:
     message = refusal(file, "model.attention.type=diffusion", "model.attention.sampling_step=2")
-    assert "unknown key model.attention.sampling_step: did you mean sampling_steps?" in message
+    assert "unknown key model.attention.sampling_step: did you mean model.attention.sampling_steps?" in message
     message = refusal(file, "model.attention.type=dot_product", "model.attention.rank=8")
     assert "unknown key model.attention.rank: known: type" in message
     message = refusal(file, "model.attention.type=variational", "model.attention.mc_sampels=2")
-    assert "unknown key model.attention.mc_sampels: did you mean mc_samples?" in message
+    assert "unknown key model.attention.mc_sampels: did you mean model.attention.mc_samples?" in message
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_container_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"/sys/fs/cgroup/cpu.max": "50000 100000", "/sys/fs/cgroup/memory.max": str(GiB)}
-    monkeypatch.setattr(doctor, "_read", limits.__getitem__)
+    monkeypatch.setattr("genatt_dist.launch.limits.read", limits.__getitem__)
     assert doctor.available_memory() == GiB
     assert_broken(doctor.check_cores(), None, "0.5 of", "CPU limit")
     assert_broken(doctor.check_memory(), None, "1.0 GiB", "batch_sequences")
@@ -210,7 +210,8 @@ def test_container_limits_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_container_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        doctor, "_read", {"/sys/fs/cgroup/cpu.max": "max 100000", "/sys/fs/cgroup/memory.max": "max"}.get
+        "genatt_dist.launch.limits.read",
+        {"/sys/fs/cgroup/cpu.max": "max 100000", "/sys/fs/cgroup/memory.max": "max"}.get,
     )
     assert doctor.available_cores() >= 1
     assert doctor.available_memory() == psutil.virtual_memory().total

@@ -27,15 +27,20 @@ _MIX_2: Final = 0x94D049BB133111EB
 class Purpose(IntEnum):
     """What a draw is for. Two purposes never share a key."""
 
+    # Roots: folded into the seed first, so that nothing below one can meet anything below another.
     INITIAL = 1
     SHUFFLE = 2
     NEGATIVE = 3
-    DROPOUT = 4
-    LATENT = 5
-    DIFFUSION = 6
-    DIFFUSION_STEP = 7
-    MIXTURE = 8
-    SAMPLER = 9
+    TRAINING = 4
+    REQUEST = 5
+    # Draws of a forward pass: folded into a token's or a sequence's key.
+    DROPOUT = 11
+    LATENT = 12
+    DIFFUSION = 13
+    DIFFUSION_STEP = 14
+    MIXTURE = 15
+    SAMPLER = 16
+    NEGATIVE_OF_TOKEN = 17
 
 
 def _signed(word: int) -> int:

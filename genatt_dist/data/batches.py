@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import GenattError
+from genatt_dist.attention.noise import Purpose, derive
 from genatt_dist.config import DataConfig, TrainingConfig
 from genatt_dist.data.sequences import Ints, Sequences, gather
 from genatt_dist.model.jagged import Jagged
@@ -116,7 +117,8 @@ class TrainingBatches:
         """The global batches of one epoch: for each, the indices of its windows. Every window is in exactly one, and
         no batch is empty: their number is the same in every epoch.
         """
-        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        key = int(derive(self.seed, int(Purpose.SHUFFLE), epoch)) % (1 << 64)
+        random = np.random.Generator(np.random.Philox(key=key))
         shuffled = random.permutation(len(self.starts))
         num_pools = -(-self.num_batches // POOL_BATCHES)
         batches: list[Ints] = []
@@ -158,11 +160,11 @@ class TrainingBatches:
                 f"rank {rank} got no sequence of a global batch of {len(members)}: raise training.batch_sequences"
             )
         starts, lengths = self.starts[mine], self.lengths[mine]
-        layout = Jagged.of(torch.from_numpy(lengths).to(device), int(lengths.max()), int(lengths.sum()))
+        layout = Jagged.of(_to(lengths, device), int(lengths.max()), int(lengths.sum()))
         return Batch(
             items_M=_ids(gather(self.items, starts, lengths + 1), device),
             layout=layout,
-            window_B=torch.from_numpy(self.windows[mine]).to(device),
+            window_B=_to(self.windows[mine], device),
             chosen=layout.last_B if self.last_target_only else None,
             num_tokens=int(self.lengths[members].sum()),
             num_targets=len(members) if self.last_target_only else int(self.lengths[members].sum()),
@@ -199,11 +201,11 @@ class Histories:
         lengths = np.minimum(end - first, max_len)
         return Histories(
             items_N=_ids(gather(items, end - lengths, lengths), device),
-            layout=Jagged.of(torch.from_numpy(lengths).to(device), int(lengths.max()), int(lengths.sum())),
-            user_B=torch.from_numpy(users).to(device),
+            layout=Jagged.of(_to(lengths, device), int(lengths.max()), int(lengths.sum())),
+            user_B=_to(users, device),
             seen_row_S=torch.from_numpy(np.repeat(np.arange(len(users)), end - first)).to(device),
             seen_item_S=_ids(gather(items, first, end - first), device),
-            target_B=None if targets is None else torch.from_numpy(targets).to(device),
+            target_B=None if targets is None else _to(targets, device),
         )
 
 
@@ -234,4 +236,10 @@ def evaluation_batches(
 
 
 def _ids(items: npt.NDArray[np.int32], device: torch.device) -> Tensor:
-    return torch.from_numpy(items.astype(np.int64)).to(device)
+    return _to(items.astype(np.int64), device)
+
+
+def _to(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """The values on the device; from pinned memory, so that the copy to a GPU does not stop the step."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -17,15 +17,15 @@ from genatt_dist.attention.noise import Purpose, bits, derive, integers
 class Proposal:
     """A law q over the items 1..V.
 
-    kind: `uniform`; `log_uniform` (Zipf-like in the id, which is the frequency rank); `popularity` (training counts
+    kind: `uniform`; `log_uniform` (Zipf-like in the rank by training counts); `popularity` (training counts
     plus one, so that no item has q = 0 and the correction stays unbiased).
     """
 
     def __init__(self, kind: str, num_items: int, popularity_V: Tensor, device: torch.device) -> None:
-        ids = torch.arange(1, num_items + 1, dtype=torch.float64)
+        rank_V = 1 + popularity_V.argsort(descending=True, stable=True).argsort().double()
         weight_V = {
-            "uniform": lambda: torch.ones_like(ids),
-            "log_uniform": lambda: torch.log1p(1 / ids),
+            "uniform": lambda: torch.ones_like(rank_V),
+            "log_uniform": lambda: torch.log1p(1 / rank_V),
             "popularity": lambda: popularity_V.double() + 1,
         }[kind]()
         self.log_q_V = (weight_V / weight_V.sum()).log().float().to(device)
@@ -42,7 +42,7 @@ class Proposal:
 
 def shared_key(seed: int, step: int) -> int:
     """The key of the negatives that a whole global batch shares."""
-    key = derive(seed, step, int(Purpose.NEGATIVE))
+    key = derive(seed, int(Purpose.NEGATIVE), step)
     assert isinstance(key, int)
     return key
 

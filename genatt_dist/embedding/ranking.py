@@ -43,7 +43,8 @@ def target_scores(query: Query, rows_VD: Tensor, first_id: int) -> Tensor:
         return torch.full((len(query.states_BD),), float("-inf"), device=query.states_BD.device)
     local_B = query.target_B - first_id
     here_B = (local_B >= 0) & (local_B < len(rows_VD))
-    score_B = (query.states_BD * rows_VD[local_B.clamp(0, len(rows_VD) - 1)]).sum(-1).float()
+    rows_BD = rows_VD[local_B.clamp(0, len(rows_VD) - 1)].to(query.states_BD.dtype)
+    score_B = (query.states_BD * rows_BD).sum(-1).float()
     score_B = score_B.masked_fill(~here_B, float("-inf"))
     hit_S = query.seen_item_S == query.target_B[query.seen_row_S]
     return score_B.index_fill(0, query.seen_row_S[hit_S], float("-inf"))
@@ -59,7 +60,7 @@ def rank_shard(query: Query, rows_VD: Tensor, first_id: int, target_score_B: Ten
     score_Bk = torch.full((size, k), float("-inf"), device=device)
     top_Bk = torch.zeros((size, k), dtype=torch.int64, device=device)
     for low in range(0, len(rows_VD), chunk):
-        part_CD = rows_VD[low : low + chunk]
+        part_CD = rows_VD[low : low + chunk].to(query.states_BD.dtype)  # bf16 under bf16
         ids_C = torch.arange(first_id + low, first_id + low + len(part_CD), device=device)
         logits_BC = (query.states_BD @ part_CD.T).float()  # float32 holds places up to 2^24 exactly
         begin, end = torch.searchsorted(seen_item_S, torch.stack((ids_C[0], ids_C[-1] + 1))).tolist()

@@ -14,6 +14,8 @@ from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive, normal
 from genatt_dist.embedding.ranking import Query, Ranking, rank_shard, target_scores
 
+_BLOCK_ROWS = 1 << 18
+
 
 class ItemTable(Protocol):
     """What training and evaluation ask of a table; the replicated and the sharded one answer equally."""
@@ -29,9 +31,11 @@ def initial_rows(first: int, count: int, width: int, std: float, seed: int) -> T
     """Rows first … first + count − 1 of a fresh table, N(0, std²), keyed by row: any sharding starts from the same
     table.
     """
-    key = derive(derive(seed, int(Purpose.INITIAL)), torch.arange(first, first + count))
-    assert isinstance(key, Tensor)
-    rows = normal(key, width) * std
+    rows = torch.empty(count, width)
+    for ids in torch.arange(first, first + count).split(_BLOCK_ROWS):  # the draws' words take several times the rows
+        key = derive(derive(seed, int(Purpose.INITIAL)), ids)
+        assert isinstance(key, Tensor)
+        rows[ids[0] - first : ids[-1] - first + 1] = normal(key, width) * std
     rows[: max(0, min(1 - first, count))] = 0  # row 0 is padding
     return rows
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from genatt_dist.attention.noise import NoiseKey
+from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences
@@ -23,9 +23,6 @@ from genatt_dist.evaluation.metrics import CUTOFFS, metrics
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
 from genatt_dist.model.diagnostics import statistics
-
-# The draw that stands for "a request" in noise keys, where training has its step (never negative).
-_REQUEST = -1
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,10 @@ def query(states_BD: Tensor, histories: Histories, exclude_seen: bool) -> Query:
 
 
 def _context(histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]) -> Context:
-    layout = histories.layout
+    layout, root = histories.layout, int(derive(config.training.seed, int(Purpose.REQUEST)))
     return Context(
         layout=layout,
-        noise=NoiseKey.make(config.training.seed, _REQUEST, histories.user_B, layout.row_N, layout.position_N),
+        noise=NoiseKey.make(root, 0, histories.user_B, layout.row_N, layout.position_N),
         num_tokens=torch.tensor(float(len(layout.row_N)), device=histories.items_N.device),
         total=total,
     )

@@ -18,7 +18,8 @@ def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> 
 
     Places, not counts: items of equal count keep a fixed order (frequency rank), so the list of k is well defined.
     """
-    order = np.argsort(-sequences.popularity[1:], kind="stable")
+    chance = np.random.default_rng(0).permutation(sequences.num_items)
+    order = np.lexsort((chance, -sequences.popularity[1:]))
     place = np.empty(sequences.num_items, np.float64)
     place[order] = np.arange(sequences.num_items, 0, -1)
     rows_VD = torch.from_numpy(place)[:, None]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import GenattError
+from genatt_dist.launch.limits import available_cores
 
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
@@ -30,7 +31,11 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
     # The directory has no option of its own: torchrun would take `--run` for an abbreviation of its `--run-path`.
     arguments = [str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
     environment = worker_environment(os.environ, world_size)
-    environment.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if "DS_ACCELERATOR" not in environment:
+        gpus = torch.cuda.device_count()
+        environment["DS_ACCELERATOR"] = "cuda" if gpus >= world_size else "cpu"
+        if 0 < gpus < world_size:
+            print(f"note: {world_size} ranks on the CPU: {gpus} GPU(s) are here, and a rank needs one", file=sys.stderr)
     process = subprocess.Popen(
         _COMMANDS[launcher](world_size, arguments, environment), env=environment, start_new_session=True
     )
@@ -59,6 +64,14 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def check_launcher(launcher: str, world_size: int) -> None:
+    """Whether there is such a launcher and it can start so many ranks."""
+    if launcher not in LAUNCHERS:
+        raise GenattError(f"launcher={launcher} is unknown: use {', '.join(LAUNCHERS)}")
+    if launcher == "process" and world_size > 1:
+        raise GenattError(f"launcher=process runs one rank, but world_size={world_size}: use torchrun or deepspeed")
+
+
 def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int) -> dict[str, str]:
     """The environment of the workers: cores shared out, and an allocator that keeps large buffers.
 
@@ -66,7 +79,7 @@ def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int)
     (docs/architecture.md). What the user has set stays.
     """
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size)),
+        "OMP_NUM_THREADS": str(max(1, int(available_cores()) // world_size)),
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
         "MALLOC_TOP_PAD_": str(256 << 20),
@@ -114,13 +127,15 @@ def _deepspeed(world_size: int, arguments: list[str], environment: dict[str, str
         raise GenattError(
             "the deepspeed launcher is not installed beside this Python: run `make setup`, or use --launcher torchrun"
         )
-    # The launcher starts `python` from PATH and, where several hosts are named, looks for PDSH; one host needs neither
-    # ssh.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # it starts `python`
+    )
     address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    return [
-        found, "--num_accelerators", str(world_size), *address, "--log_level", "error", "--module", _WORKER, *arguments,
-    ]  # fmt: skip
+    # Given a number, the launcher overrides CUDA_VISIBLE_DEVICES; given places, it keeps to them.
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "") if environment.get("DS_ACCELERATOR") == "cuda" else ""
+    places = ["--include", "localhost:" + ",".join(visible.split(",")[:world_size])] if visible else []
+    ranks = places or ["--num_accelerators", str(world_size)]
+    return [found, *ranks, *address, "--log_level", "error", "--module", _WORKER, *arguments]
 
 
 _COMMANDS: dict[str, Callable[[int, list[str], dict[str, str]], list[str]]] = {

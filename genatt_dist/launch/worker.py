@@ -1,7 +1,7 @@
 """What every launcher starts on every rank: `python -m genatt_dist.launch.worker DIR --launcher NAME [--resume]`.
 
-A user's mistake ends the process with one line (told by rank 0 alone) and exit code 2; anything else is a bug and
-keeps its traceback.
+A user's mistake ends the process with one line (told by rank 0 where all ranks meet it) and exit code 2; anything else
+is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
 from data_pipeline.errors import GenattError
 
 USER_ERROR = 2
+_RANK_0_FIRST_SECONDS = 3
 
 
 def main() -> None:
@@ -34,8 +36,12 @@ def main() -> None:
     try:
         train(arguments.run, arguments.launcher, arguments.resume)
     except GenattError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Mostly rank 0 says the same and the launcher ends this process meanwhile;
+            # an error of this rank alone is told.
+            time.sleep(_RANK_0_FIRST_SECONDS)
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
 
 

@@ -46,7 +46,7 @@ class Candidature:
             negatives_K, log_expected_K = self._proposal.draw(shared_key(seed, step), self._loss.num_negatives)
             return Candidates(torch.cat((batch.items_M, negatives_K)), negatives_K, log_expected_K)
         # Samples of the map share their negatives: `noise` has keys for each, the first sample's come first.
-        key_N = noise.token(Purpose.NEGATIVE)[: len(batch.layout.row_N)]
+        key_N = noise.token(Purpose.NEGATIVE_OF_TOKEN)[: len(batch.layout.row_N)]
         negatives_N = uniform_per_token(key_N, self._num_items)
         return Candidates(torch.cat((batch.items_M, negatives_N)), negatives_N)
 

@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
+from data_pipeline.hashing import hash64
 from genatt_dist.data.batches import Histories
 from genatt_dist.data.sequences import Ints
 from genatt_dist.evaluation.evaluate import encode, query
@@ -28,7 +29,7 @@ class Requests:
     """Histories of dense ids: user i's are items[first[i]:end[i]].
 
     key_U: what a user's noise hangs on: its index in the data set, so that any file of users gives it the same list;
-    of raw histories the row. notes: what was skipped, one line each.
+    of raw histories a hash of its id. notes: what was skipped, one line each.
     """
 
     user_ids: pl.Series
@@ -192,9 +193,13 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
         items,
         np.concatenate(([0], end[:-1])),
         end,
-        np.arange(lists.height),
+        hash64(lists["user"].to_arrow().cast(_id_type(lists["user"]))).view(np.int64),
         [note for note in notes if note],
     )
+
+
+def _id_type(ids: pl.Series) -> pa.DataType:
+    return pa.int64() if ids.dtype.is_integer() else pa.string()
 
 
 def _cast(values: pl.Series, dtype: pl.DataType) -> pl.Series:

@@ -37,7 +37,7 @@ def load(run: Path) -> Trained:
     config = runs.read_config(run)
     path = checkpoint.best(run)
     checkpoint.verify(path)
-    sequences = Sequences.read(config.data.path)
+    sequences = Sequences.read(config.data.path, verify=True)
     progress = checkpoint.read_progress(path)
     if progress.manifest_hash != sequences.manifest_hash:
         raise GenattError(

@@ -4,6 +4,7 @@
         dense.safetensors              fp32 parameters, buffers, optimizer moments by name (ZeRO's parts gathered)
         table-00000.safetensors …      rows of a sharded table and their optimizer state, with the first row's number
         progress.json                  cursor, counters, best result so far, what data it belongs to
+        config.yaml                    the run's configuration
         COMPLETE                       sha256 of every other file
 
 Nothing in it depends on the number of ranks or the ZeRO stage that wrote it, and nothing read is a pickle.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,10 +73,13 @@ def newest(run: Path) -> Path:
 
 
 def best(run: Path) -> Path:
-    """The checkpoint with the best validation metric, as the newest one records it."""
+    """The checkpoint with the best validation metric, as the newest one says; before any validation the newest."""
     latest = newest(run)
-    path = folder(run, read_progress(latest).best_step)
-    return path if (path / _COMPLETE).exists() else latest
+    step = read_progress(latest).best_step
+    path = folder(run, step)
+    if step >= 0 and not (path / _COMPLETE).exists():
+        raise GenattError(f"{run}: its best checkpoint {path.name} is missing; bring it back, or train again")
+    return path if step >= 0 else latest
 
 
 def write_table(path: Path, rank: int, part: TablePart) -> None:
@@ -84,10 +89,11 @@ def write_table(path: Path, rank: int, part: TablePart) -> None:
     save_file(contiguous, path / f"table-{rank:05d}.safetensors", metadata={"first_row": str(part.first_row)})
 
 
-def write_dense(path: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
-    """Write the dense state and the progress into an unpublished checkpoint."""
+def write_dense(path: Path, tensors: dict[str, Tensor], progress: Progress, config: str) -> None:
+    """Write the dense state, the progress and the configuration (YAML) into an unpublished checkpoint."""
     save_file(tensors, path / "dense.safetensors")
     (path / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
+    (path / "config.yaml").write_text(config)
 
 
 def prepare(final: Path) -> Path:
@@ -103,8 +109,11 @@ def publish(final: Path, keep: set[Path]) -> None:
     path = final.with_suffix(".tmp")
     sums = {file.name: _sha256(file) for file in sorted(path.iterdir())}
     (path / _COMPLETE).write_text(json.dumps(sums, indent=2))
+    for written in (*path.iterdir(), path):  # on disk before an older one goes, also if the power fails
+        _sync(written)
     shutil.rmtree(final, ignore_errors=True)
     path.rename(final)
+    _sync(final.parent)
     for old in final.parent.glob("step-*"):
         if old not in keep | {final}:
             shutil.rmtree(old, ignore_errors=True)
@@ -168,6 +177,14 @@ def read_table(path: Path, first_row: int, num_rows: int, with_optimizer: bool =
         )
     rows = whole.pop("rows")
     return TablePart(first_row, rows, {name.removeprefix("optimizer."): value for name, value in whole.items()})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

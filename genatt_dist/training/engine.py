@@ -24,8 +24,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def select_device() -> torch.device:
-    """This rank's device: its GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
+    """This rank's device: its GPU where there is one, else the CPU. DS_ACCELERATOR decides where a launcher set it."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
@@ -38,9 +38,9 @@ def init_process_group(device: torch.device) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the GRU too
     logger.setLevel(logging.WARNING)
-    # The shared-memory all-reduce is compiled for a minute on first use and gains nothing over gloo for a small dense
-    # model.
+    # The shared-memory all-reduce would be compiled on first use: a compiler and a wait that nothing here needs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
@@ -171,7 +171,7 @@ class Engine:
     def _prime(self, step: int) -> None:
         """Make the moments that torch's optimizer would make in its first step, so that they can be filled."""
         for flat in self._flat_parameters():
-            self._base.state[flat] = {"step": torch.tensor(float(step))} | {
+            self._base.state[flat] = {"step": torch.tensor(float(step), device=flat.device)} | {
                 key: torch.zeros_like(flat) for key in _MOMENTS
             }
         self._link_moments()
@@ -188,18 +188,17 @@ class Engine:
 
 def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Weight decay reaches matrices only: not tables, biases, norms or scalars."""
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        table = "items" in name or "position" in name
+        matrix = parameter.ndim > 1 and not table and not name.endswith(".bias")
+        (decayed if matrix and config.weight_decay else rest).append(parameter)
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if decayed:
+        groups.append({"params": decayed, "weight_decay": config.weight_decay})
     if config.optimizer == "sgd":
-        return torch.optim.SGD(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    decayed = [
-        p
-        for name, p in module.named_parameters()
-        if config.weight_decay and p.ndim > 1 and "items" not in name and "position" not in name
-    ]
-    chosen = {id(parameter) for parameter in decayed}
-    rest = [parameter for parameter in module.parameters() if id(parameter) not in chosen]
-    groups = [{"params": rest, "weight_decay": 0.0}] + (
-        [{"params": decayed, "weight_decay": config.weight_decay}] if decayed else []
-    )
+        return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8, fused=True)
 
 

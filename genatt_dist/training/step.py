@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from genatt_dist.attention.noise import NoiseKey, derive
+from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig, VariationalAttention
 from genatt_dist.data.batches import Batch
 from genatt_dist.embedding.table import ReplicatedTable
@@ -32,6 +32,10 @@ from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
 from genatt_dist.model.jagged import Jagged
+
+# A chunk's block of logits: on the CPU it should stay in cache, on a GPU it should fill the device.
+_LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+_LEAST_CHUNK = 32
 
 
 class Losses(NamedTuple):
@@ -80,7 +84,7 @@ class DenseModel(nn.Module):
             assert self.items is not None
             rows = self.items(candidates.ids)
         rows = rows.to(next(self.backbone.parameters()).dtype)
-        samples = self.train_samples
+        samples = _train_samples(self.config)
         inputs_ND = rows[batch.input_index_N]
         context = Context(
             layout=_repeated(batch.layout, samples),
@@ -92,11 +96,11 @@ class DenseModel(nn.Module):
         nll = self._nll_sum(output.states_ND.chunk(samples), rows, batch, candidates)
         return Losses(nll / scale.num_targets, output.generative_loss * (batch.num_tokens / scale.num_tokens))
 
-    @property
-    def train_samples(self) -> int:
-        """K of the bound −log 1/K Σ_k p(y | z_k); 1 but for V-GenAtt that asks for more."""
-        attention = self.config.model.attention
-        return attention.train_samples if isinstance(attention, VariationalAttention) else 1
+    def _chunk(self, device: torch.device) -> int:
+        """Targets of one chunk of the full softmax: as configured, or as many as fit the block's budget of bytes."""
+        assert self.items is not None
+        fitting = _LOGITS_BYTES[device.type] // (4 * len(self.items.weight))
+        return self.config.loss.chunk_tokens or max(_LEAST_CHUNK, fitting)
 
     def _nll_sum(self, states_K: tuple[Tensor, ...], rows: Tensor, batch: Batch, candidates: Candidates) -> Tensor:
         """Σ over trained targets of the negative log-likelihood, or of its K-sample bound."""
@@ -105,7 +109,7 @@ class DenseModel(nn.Module):
             nll_KN = nll_KN if batch.chosen is None else nll_KN[:, batch.chosen]
             return -_log_mean_exp(-nll_KN).sum()
         assert self.items is not None
-        weight_VD, chunk, targets_N = self.items.weight[1:], self.config.loss.chunk_tokens, batch.targets_N - 1
+        weight_VD, chunk, targets_N = self.items.weight[1:], self._chunk(rows.device), batch.targets_N - 1
         if batch.chosen is not None:
             states_K, targets_N = tuple(states_ND[batch.chosen] for states_ND in states_K), targets_N[batch.chosen]
         ones_N = torch.ones(len(targets_N), device=targets_N.device)
@@ -170,14 +174,18 @@ class JointStep:
 
 def training_noise(batch: Batch, seed: int, draw: int, config: RunConfig) -> NoiseKey:
     """The batch's noise, once for each of K samples of the map."""
-    attention = config.model.attention
-    samples = attention.train_samples if isinstance(attention, VariationalAttention) else 1
-    layout = batch.layout
+    layout, root = batch.layout, derive(seed, int(Purpose.TRAINING))
     keys = [
-        NoiseKey.make(int(derive(seed, sample)), draw, batch.window_B, layout.row_N, layout.position_N)
-        for sample in range(samples)
+        NoiseKey.make(int(derive(root, sample)), draw, batch.window_B, layout.row_N, layout.position_N)
+        for sample in range(_train_samples(config))
     ]
     return NoiseKey(torch.cat([key.token_N for key in keys]), torch.cat([key.sequence_B for key in keys]))
+
+
+def _train_samples(config: RunConfig) -> int:
+    """K of the bound −log 1/K Σ_k p(y | z_k); 1 but for V-GenAtt that asks for more."""
+    attention = config.model.attention
+    return attention.train_samples if isinstance(attention, VariationalAttention) else 1
 
 
 def _repeated(layout: Jagged, times: int) -> Jagged:

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,12 +90,16 @@ class Telemetry:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop the records of later steps (and a last line that was cut off): the resumed run makes them again."""
+    """Drop the records of later steps (and lines that a crash cut off): the resumed run makes them again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    temporary.write_text("".join(kept))
     temporary.rename(path)
 
 

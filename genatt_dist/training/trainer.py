@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
@@ -110,11 +111,11 @@ class Trainer:
         ) as self._telemetry:
             if self._rank == 0:
                 write_environment(self._run, self._device)
-            started = time.perf_counter() - self._progress.seconds
+            self._started = time.perf_counter() - self._progress.seconds
             while self._progress.epoch < self._config.training.epochs and not self._finished():
                 self._train_epoch()
                 self._progress.epoch, self._progress.batch = self._progress.epoch + 1, 0
-                self._progress.seconds = time.perf_counter() - started
+                self._progress.seconds = time.perf_counter() - self._started
                 last = self._progress.epoch == self._config.training.epochs or self._finished()
                 if last or self._progress.epoch % self._config.training.evaluate_every == 0:
                     self._validate()
@@ -130,12 +131,18 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         training, progress = self._config.training, self._progress
-        self._engine.train(True)
+        self.set_training()
         part: list[Batch] = []
         shares: list[Losses] = []
-        started = logged = time.perf_counter()
-        sequences = 0
-        rate = 0.0
+        rate, since, counted = 0.0, time.perf_counter(), progress.sequences
+
+        def log() -> None:
+            nonlocal shares, since, counted
+            seconds = time.perf_counter() - since
+            progress.step_seconds += seconds
+            self._log(shares, rate, (progress.sequences - counted) / seconds)
+            shares, since, counted = [], time.perf_counter(), progress.sequences
+
         for batch in self.batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device):
             part.append(batch)
             if len(part) < training.accumulation_steps:
@@ -144,18 +151,18 @@ class Trainer:
             shares.append(self.update(part, rate))
             progress.step += 1
             progress.batch += len(part)
-            sequences += sum(one.num_sequences for one in part)
+            progress.sequences += sum(one.num_sequences for one in part)
             part = []
-            # Every rank logs at the same steps: the losses are summed over ranks.
-            if len(shares) == _LOG_STEPS:
-                self._log(shares, rate, sequences / (time.perf_counter() - logged))
-                progress.sequences += sequences
-                shares, sequences, logged = [], 0, time.perf_counter()
             self._telemetry.advance(progress.step)
+            # Every rank logs at the same steps: the losses are summed over ranks.
+            save = training.checkpoint_every and progress.step % training.checkpoint_every == 0
+            if save or len(shares) == _LOG_STEPS:
+                log()
+            if save:
+                self._save()
+                since = time.perf_counter()
         if shares:
-            self._log(shares, rate, sequences / (time.perf_counter() - logged))
-            progress.sequences += sequences
-        progress.step_seconds += time.perf_counter() - started
+            log()
 
     def set_training(self) -> None:
         """Dropout on, samples drawn as in training."""
@@ -226,6 +233,16 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint: every rank its rows, rank 0 the rest. Collective."""
+        self._progress.seconds = time.perf_counter() - self._started
+        try:
+            self._write()
+        except (OSError, SafetensorError) as error:
+            raise GenattError(
+                f"cannot write a checkpoint of step {self._progress.step} into {self._run}: {error}; free some "
+                "space or mend its permissions, then go on by --resume"
+            ) from None
+
+    def _write(self) -> None:
         final = checkpoint.folder(self._run, self._progress.step)
         path = final.with_suffix(".tmp")
         if self._rank == 0:
@@ -237,7 +254,7 @@ class Trainer:
         dense = self._engine.state()
         dist.barrier()
         if self._rank == 0:
-            checkpoint.write_dense(path, dense, self._progress)
+            checkpoint.write_dense(path, dense, self._progress, configuration.dump(self._config))
             checkpoint.publish(final, keep={checkpoint.folder(self._run, self._progress.best_step)})
         dist.barrier()
 

@@ -74,3 +74,10 @@ def test_purposes_words_seeds_and_steps_give_different_keys():
 def test_integer_and_tensor_words_agree():
     assert derive(5, 7) == derive(5, torch.tensor(7)).item()
     assert derive(derive(5, torch.tensor(7)), 9).item() == derive(5, 7, 9)
+
+
+def test_purposes_with_roots_of_their_own_share_no_key():
+    """Initial rows, negatives, shuffles, training and requests: no seed, step or row makes one meet another."""
+    roots = [int(derive(seed, int(purpose))) for seed in range(50) for purpose in Purpose]
+    below = [int(derive(root, word)) for root in roots for word in range(50)]
+    assert len({*roots, *below}) == len(roots) + len(below)

@@ -157,7 +157,9 @@ def _dense_optimizer(dense: DenseModel, config: RunConfig) -> torch.optim.Optimi
     if training.optimizer == "sgd":
         return torch.optim.SGD(dense.parameters(), lr=training.learning_rate)
     matrices = {
-        name for name, p in dense.named_parameters() if p.ndim > 1 and name != "items.weight" and "position" not in name
+        name
+        for name, p in dense.named_parameters()
+        if p.ndim > 1 and not name.endswith(("items.weight", "position.weight", ".bias"))
     }
     groups = [
         {"params": [p for name, p in dense.named_parameters() if (name in matrices) == decayed], "weight_decay": decay}

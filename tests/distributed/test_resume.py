@@ -40,16 +40,19 @@ class _StoppedError(Exception):
     pass
 
 
-def train(run: Path, resume: bool = False, stop: bool = False) -> None:
-    """One rank of a run; `stop` fails it in the middle of an epoch, after the checkpoint of the one before."""
+def train(run: Path, resume: bool = False, stop: bool = False, records: int = 1) -> None:
+    """One rank of a run; `stop` fails it in the middle of an epoch, at that epoch's so many-th record."""
     from genatt_dist.training import telemetry, trainer
 
     ranks.partition_every_parameter()
     record = telemetry.Telemetry.record
+    seen = 0
 
     def fail(self: telemetry.Telemetry, kind: str, step: int, values: dict[str, float]) -> None:
+        nonlocal seen
         record(self, kind, step, values)
-        if kind == "train" and values["epoch"] == _STOPPED_EPOCH:
+        seen += kind == "train" and values["epoch"] == _STOPPED_EPOCH
+        if seen == records:
             raise _StoppedError
 
     if stop:
@@ -121,6 +124,35 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     assert json.loads((whole / runs.SUMMARY).read_text())["valid"] == pytest.approx(
         json.loads((resumed / runs.SUMMARY).read_text())["valid"], abs=tolerance if world_size == 2 else 1e-2
     )
+
+
+def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The cursor points into the epoch: no batch is trained twice or left out."""
+    common = ("training.epochs=3", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
+    config = make_config(*_RUNS["sharded"], *common, "training.checkpoint_every=2")
+    whole, stopped = write_config(tmp_path / "whole", config), write_config(tmp_path / "stopped", config)
+    ranks.run(train, 2, whole)
+    ranks.run(train, 2, stopped, False, True, 2)
+    progress = checkpoint.read_progress(checkpoint.newest(stopped))
+    assert progress.epoch == _STOPPED_EPOCH
+    assert progress.batch > 0
+    ranks.run(train, 2, stopped, True)
+    assert _losses(stopped) == pytest.approx(_losses(whole), abs=1e-6)
+    num_rows = load_manifest(config.data.path).num_items + 1
+    assert _largest_difference(checkpoint.newest(whole), checkpoint.newest(stopped), num_rows) <= 1e-6
+
+
+def test_bf16_trains_and_validates_with_a_replicated_table(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """DeepSpeed casts the replicated rows, so ranking meets bf16 rows and float32 states."""
+    bf16 = ("training.precision=bf16", "training.optimizer=adamw", "training.epochs=1")
+    run = write_config(tmp_path / "run", make_config(*_RUNS["replicated"], *bf16))
+    ranks.run(train, 2, run)
+    valid = json.loads((run / runs.SUMMARY).read_text())["valid"]
+    assert 0 < valid["ndcg@10"] <= 1
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from tiny_data import run_config
 from torch.nn import functional as F
 
-from genatt_dist.attention.noise import NoiseKey, derive
+from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
@@ -31,8 +31,8 @@ def reference(model: DenseModel, config: RunConfig, batch: Batch, candidates: Ca
     assert model.items is not None
     layout, weight = batch.layout, model.items.weight
     nlls = []
-    for sample in range(model.train_samples):
-        seed = derive(config.training.seed, sample)
+    for sample in range(getattr(model.config.model.attention, "train_samples", 1)):
+        seed = derive(config.training.seed, int(Purpose.TRAINING), sample)
         assert isinstance(seed, int)
         noise = NoiseKey.make(seed, STEP, batch.window_B, layout.row_N, layout.position_N)
         states = model.backbone(weight[batch.items_M[batch.input_index_N]], Context.whole(layout, noise)).states_ND

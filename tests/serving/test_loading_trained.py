@@ -41,7 +41,7 @@ def write_run(run: Path, prepared: Path, table: str) -> tuple[DenseModel, torch.
                 part = TablePart(low, rows[low:high], {"momentum1": torch.zeros(high - low)})
                 checkpoint.write_table(path, rank, part)
         progress = Progress(sequences.manifest_hash, step, best_step=20, best_metric=0.5)
-        checkpoint.write_dense(path, {name: value.clone() for name, value in state.items()}, progress)
+        checkpoint.write_dense(path, {name: value.clone() for name, value in state.items()}, progress, "")
         checkpoint.publish(final, keep={checkpoint.folder(run, 20), checkpoint.folder(run, 30)})
     return model, rows
 

@@ -11,6 +11,7 @@ from data_pipeline.errors import GenattError
 from genatt_dist.training import checkpoint
 from genatt_dist.training.checkpoint import Progress, TablePart
 
+CONFIG = "world_size: 1\n"
 DENSE = {"parameter.w": torch.arange(6.0).view(2, 3), "exp_avg.w": torch.ones(2, 3), "buffer.s": torch.tensor(2.5)}
 ROWS, WIDTH = 11, 4
 TABLE = torch.arange(float(ROWS * WIDTH)).view(ROWS, WIDTH)
@@ -29,7 +30,7 @@ def save(run: Path, step: int, ranks: tuple[int, ...] = (), best: int = -1, metr
     progress = Progress(
         "hash", step, best_step=best if best >= 0 else step, best_metric=metric, best_metrics={"a": 0.5}
     )
-    checkpoint.write_dense(path, DENSE, progress)
+    checkpoint.write_dense(path, DENSE, progress, CONFIG)
     checkpoint.publish(final, keep={checkpoint.folder(run, progress.best_step)})
     return final
 
@@ -55,7 +56,7 @@ def test_only_safetensors_and_json_and_a_sum_of_each_file(tmp_path: Path) -> Non
     assert path.name == "step-00000003"
     names = {file.name for file in path.iterdir()}
     tables = {"table-00000.safetensors", "table-00001.safetensors"}
-    assert names == {"dense.safetensors", "progress.json", "COMPLETE"} | tables
+    assert names == {"dense.safetensors", "progress.json", "config.yaml", "COMPLETE"} | tables
     assert json.loads((path / "COMPLETE").read_text()).keys() == names - {"COMPLETE"}
     for file in path.glob("*.safetensors"):  # eight bytes of length, then JSON: no pickle anywhere
         content = file.read_bytes()
@@ -98,7 +99,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
         checkpoint.newest(tmp_path)
     complete = save(tmp_path, 10)
     unfinished = checkpoint.prepare(checkpoint.folder(tmp_path, 20))
-    checkpoint.write_dense(unfinished, DENSE, Progress("hash", 20))
+    checkpoint.write_dense(unfinished, DENSE, Progress("hash", 20), CONFIG)
     assert checkpoint.newest(tmp_path) == complete
     (unfinished / "COMPLETE").write_text("{}")  # the process ended before it had its name
     assert checkpoint.newest(tmp_path) == complete
@@ -132,9 +133,15 @@ def test_nothing_is_deleted_before_the_new_one_has_its_name(tmp_path: Path, monk
     assert checkpoint.newest(tmp_path) == old
 
 
-def test_without_its_best_checkpoint_a_run_serves_the_newest(tmp_path: Path) -> None:
-    newest = save(tmp_path, 5, best=4)
+def test_before_any_validation_the_newest_is_served(tmp_path: Path) -> None:
+    newest = save(tmp_path, 5, best=-1)
     assert checkpoint.best(tmp_path) == newest
+
+
+def test_a_lost_best_checkpoint_is_an_error_and_not_another_model(tmp_path: Path) -> None:
+    save(tmp_path, 5, best=4)
+    with pytest.raises(GenattError, match="step-00000004 is missing"):
+        checkpoint.best(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dense.safetensors", "progress.json", "table-00001.safetensors"])
