@@ -82,7 +82,7 @@ def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, d
     sequences = Sequences.read(config.data.path)
     manifest = sequences.manifest
     splits = {split: evaluate_popularity(sequences, split, config).metrics for split in ("valid", "test")}
-    models: list[dict[str, Any]] = [{"name": "popularity", "seed": None, **splits}]
+    models: list[dict[str, Any]] = [{"name": "popularity", "seed": None, **splits, "train": None}]
     for attention, summary in summaries.items():
         test = evaluate_run(out / attention, "test")["metrics"]
         models.append(

@@ -189,9 +189,9 @@ def test_models_at_several_seeds_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_best_of_a_column_is_marked() -> None:
-    from genatt_dist.evaluation.report import _models
+    from genatt_dist.evaluation.report_data import read_models
 
-    header, rows = metrics_table(_models(make_report(*SCORES), {}))
+    header, rows = metrics_table(read_models(make_report(*SCORES), {}))
     assert header[:2] == ["model", "Recall@5"]
     assert header[-1] == "× popularity"
     for row in rows:

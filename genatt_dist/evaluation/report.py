@@ -8,73 +8,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-BASELINE = "popularity"
-HEADLINE = "ndcg@10"
+from genatt_dist.evaluation.plots import plots
+from genatt_dist.evaluation.report_data import (
+    BASELINE,
+    HEADLINE,
+    Model,
+    finite,
+    metric_order,
+    number,
+    pretty,
+    read_models,
+)
+
 RATIO = f"× {BASELINE}"
-
-# One colour a model on every plot, readable on light and dark; models not named here take the spare ones in order.
-COLOURS = {BASELINE: "#8b929c", "dot_product": "#3f7fd0", "variational": "#d9822b", "diffusion": "#1f9d77"}
-SPARE_COLOURS = ("#9b59c9", "#c94f6d", "#7a8b2a", "#2a9fb0")
-DASHES = ("solid", "dash", "dot", "dashdot")  # one a block
-MOST_POINTS = 400  # of one line: more are not visible and only make the page heavy
-
-# Per-block diagnostics in the trainer's log → title and how to read it. Others are drawn under their own name.
-DIAGNOSTICS = {
-    "attention_entropy": (
-        "Attention entropy, relative to uniform",
-        "1 is attention spread evenly over the history (over-smoothing), 0 is one position alone.",
-    ),
-    "total_variation": (
-        "Total variation between two maps of one history",
-        "How far two samples of the generated map lie apart: near 0 the generator has become deterministic.",
-    ),
-    "kappa": ("Sharpness κ of the generated logits", "Rising means rows of the map get more peaked; mean over heads."),
-    "residual_scale": ("Residual scale ς", "Size of what diffusion adds to the mean map; near 0 it adds nothing."),
-    "kl_mean": ("KL per latent dimension (nat)", "Near 0 the latent carries nothing: posterior collapse."),
-    "active_units": (
-        "Active latent units",
-        "Latent dimensions that depend on the input; few means it is not used.",
-    ),
-}
-
-
-@dataclass
-class Model:
-    """One row of the report with the log of its run."""
-
-    label: str
-    colour: str
-    test: Mapping[str, float]
-    valid: Mapping[str, float]
-    train: Mapping[str, Any]
-    log: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def series(self, kind: str, x: str, y: str) -> tuple[list[float], list[float]]:
-        """The finite values of y against x in the lines of one kind."""
-        pairs = [(line[x], line[y]) for line in self.log.get(kind, []) if _finite(line.get(x)) and _finite(line.get(y))]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-@dataclass
-class Plot:
-    """A figure with its heading and one sentence on how to read it. traces and layout are plotly's JSON."""
-
-    title: str
-    reading: str
-    traces: list[dict[str, Any]]
-    layout: dict[str, Any]
 
 
 def write_report(report: dict[str, Any], runs: Mapping[str, Path], out: Path) -> None:
@@ -84,12 +38,12 @@ def write_report(report: dict[str, Any], runs: Mapping[str, Path], out: Path) ->
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(render(report, _models(report, runs)), encoding="utf-8")
+    (out / "report.html").write_text(render(report, read_models(report, runs)), encoding="utf-8")
 
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """The test metrics on a console, a line each (that fits 80 columns), the best model's bold."""
-    header, rows = metrics_table(_models(report, {}))
+    header, rows = metrics_table(read_models(report, {}))
     table = Table(title=_summary_line(report), title_justify="left", title_style="", box=None, pad_edge=False)
     table.add_column("test")
     for row in rows:
@@ -101,211 +55,24 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
 
 def metrics_table(models: Sequence[Model]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Header, and for each model its cells as (text, whether it is the best of its column)."""
-    names = sorted({name for model in models for name in model.test}, key=_metric_order)
+    names = sorted({name for model in models for name in model.test}, key=metric_order)
     best = {
-        name: max((model.test[name] for model in models if _finite(model.test.get(name))), default=math.nan)
+        name: max((model.test[name] for model in models if finite(model.test.get(name))), default=math.nan)
         for name in names
     }
     base = next((model.test.get(HEADLINE) for model in models if model.label.startswith(BASELINE)), None)
-    base = base if _finite(base) and base > 0 else None
+    base = base if finite(base) and base > 0 else None
     rows = []
     for model in models:
         row = [(pretty(model.label), False)]
         for name in names:
             value = model.test.get(name)
-            row.append((f"{value:.4f}", value == best[name]) if _finite(value) else ("–", False))
+            row.append((f"{value:.4f}", value == best[name]) if finite(value) else ("–", False))
         if base is not None:
             value = model.test.get(HEADLINE)
-            row.append((f"{value / base:.2f}×", value == best[HEADLINE]) if _finite(value) else ("–", False))
+            row.append((f"{value / base:.2f}×", value == best[HEADLINE]) if finite(value) else ("–", False))
         rows.append(row)
     return ["model", *map(pretty, names), *([RATIO] if base is not None else [])], rows
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _models(report: Mapping[str, Any], runs: Mapping[str, Path]) -> list[Model]:
-    entries = report.get("models", [])
-    names = [entry["name"] for entry in entries]
-    spare = iter(SPARE_COLOURS * (len(entries) // len(SPARE_COLOURS) + 1))
-    models = []
-    for entry in entries:
-        name = entry["name"]
-        # The same model at several seeds: the seed tells them apart.
-        label = f"{name} (seed {entry.get('seed')})" if names.count(name) > 1 else name
-        run = runs.get(label, runs.get(name))
-        models.append(
-            Model(
-                label=label,
-                colour=COLOURS[name] if label in COLOURS else next(spare),
-                test=entry.get("test") or {},
-                valid=entry.get("valid") or {},
-                train=entry.get("train") or {},
-                log=_read_log(Path(run) / "metrics.jsonl") if run else {},
-                environment=_read_environment(Path(run) / "environment.json") if run else {},
-            )
-        )
-    return models
-
-
-def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines of metrics.jsonl by kind. A line that a killed run left half written is passed over."""
-    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(line, dict):
-                lines[line.get("kind", "")].append(line)
-    return lines
-
-
-def _read_environment(path: Path) -> dict[str, str]:
-    try:
-        return dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, json.JSONDecodeError):
-        return {}
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _flatten(part, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list):
-        yield prefix, ", ".join(map(str, value))
-    else:
-        yield prefix, str(value)
-
-
-# --- plots ------------------------------------------------------------------------------------------------------------
-
-
-def plots(models: Sequence[Model]) -> list[Plot]:
-    """Every plot there are numbers for."""
-    return [plot for plot in (*_training(models), *_diagnostics(models), *_results(models)) if plot.traces]
-
-
-def _training(models: Sequence[Model]) -> Iterable[Plot]:
-    for key, title, reading in (
-        ("loss", "Training loss", "Recommendation loss at each logged step; flat means more epochs would not help."),
-        (
-            "generative_loss",
-            "Generative loss",
-            "What the map's generator is trained on besides ranking; weights differ, so compare its course between "
-            "models, not its height.",
-        ),
-    ):
-        lines = [(model, *_thin(*model.series("train", "step", key))) for model in models]
-        traces = [_line(model, x, y) for model, x, y in lines if any(y)]
-        yield Plot(title, reading, traces, _axes("step", key.replace("_", " ")))
-
-    traces = [_line(model, *model.series("valid", "epoch", HEADLINE), markers=True) for model in models]
-    traces = [trace for trace in traces if trace["y"]]
-    layout = _axes("epoch", pretty(HEADLINE), zero=True)
-    for model in models:  # popularity learns nothing: a level, not a curve
-        if traces and not model.train and _finite(level := model.valid.get(HEADLINE)):
-            epochs = [x for trace in traces for x in trace["x"]]
-            ends = [min(epochs), max(epochs)]
-            traces.append(_line(model, ends, [level, level], dash="dash"))
-    yield Plot(
-        f"Validation {pretty(HEADLINE)}",
-        "The epoch with the highest point is the one tested; a curve still rising at its end was stopped early.",
-        traces,
-        layout,
-    )
-
-
-def _diagnostics(models: Sequence[Model]) -> Iterable[Plot]:
-    logged = {key for model in models for line in model.log.get("valid", []) for key in line}
-    families: dict[str, list[str]] = defaultdict(list)
-    for key in sorted(key for key in logged if re.fullmatch(r"\w+/block\d+", key)):
-        families[key.partition("/")[0]].append(key)
-    order = list(DIAGNOSTICS)
-    for family in sorted(families, key=lambda name: (order.index(name) if name in order else len(order), name)):
-        title, reading = DIAGNOSTICS.get(family, (pretty(family), "One line a block."))
-        traces = []
-        for model in models:
-            for key in families[family]:
-                x, y = model.series("valid", "epoch", key)
-                block = int(key.rpartition("block")[2])
-                if y:
-                    name = f"{pretty(model.label)}, block {block}"
-                    traces.append(_line(model, x, y, markers=True, dash=DASHES[block % len(DASHES)], name=name))
-        yield Plot(title, reading, traces, _axes("epoch", "", zero=True))
-
-
-def _results(models: Sequence[Model]) -> Iterable[Plot]:
-    for title, reading, wanted in (
-        ("Test metrics", "Higher is better; every model ranks the whole catalogue for the same users.", False),
-        (
-            "Catalogue coverage",
-            "Share of all items that anyone is recommended in the top k: low means everyone gets the same few.",
-            True,
-        ),
-    ):
-        names = sorted(
-            {n for model in models for n in model.test if n.startswith("coverage") == wanted}, key=_metric_order
-        )
-        traces = [
-            {
-                "type": "bar",
-                "name": pretty(model.label),
-                "x": [pretty(name).replace("@", "<br>@") for name in names],
-                "y": [model.test.get(name) for name in names],
-                "marker": {"color": model.colour},
-                "hovertemplate": "%{y:.4f}",
-            }
-            for model in models
-        ]
-        yield Plot(title, reading, traces if names else [], {"barmode": "group", "bargap": 0.25, **_axes("", "")})
-
-    trained = [model for model in models if _finite(model.train.get("sequences_per_second"))]
-    traces = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": pretty(model.label),
-            "y": [pretty(model.label)],
-            "x": [model.train["sequences_per_second"]],
-            "marker": {"color": model.colour},
-            "text": [f"{model.train['sequences_per_second']:,.0f}"],
-            "hovertemplate": "%{x:,.0f} sequences/s",
-        }
-        for model in reversed(trained)
-    ]
-    layout = {**_axes("sequences per second", ""), "showlegend": False, "bargap": 0.5, "hovermode": "closest"}
-    yield Plot("Training throughput", "All ranks together, evaluation not counted; longer is faster.", traces, layout)
-
-
-def _line(
-    model: Model, x: Sequence[float], y: Sequence[float], markers: bool = False, dash: str = "solid", name: str = ""
-) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if markers else "lines",
-        "name": name or pretty(model.label),
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": model.colour, "width": 2, "dash": dash},
-        "marker": {"size": 5},
-        "hovertemplate": "%{y:.4f}",
-    }
-
-
-def _axes(x: str, y: str, zero: bool = False) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}},
-        "yaxis": {"title": {"text": y}, **({"rangemode": "tozero"} if zero else {})},
-    }
-
-
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points, each the mean of its neighbours: single steps are noise at that scale."""
-    size = -(-len(x) // MOST_POINTS) or 1
-    chunks = [slice(start, start + size) for start in range(0, len(x), size)]
-    return [sum(x[c]) / len(x[c]) for c in chunks], [sum(y[c]) / len(y[c]) for c in chunks]
 
 
 # --- page -------------------------------------------------------------------------------------------------------------
@@ -341,7 +108,7 @@ def render(report: Mapping[str, Any], models: Sequence[Model]) -> str:
 
 
 def _header(report: Mapping[str, Any], models: Sequence[Model]) -> str:
-    scored = [model for model in models if _finite(model.test.get(HEADLINE))]
+    scored = [model for model in models if finite(model.test.get(HEADLINE))]
     lead = ""
     if scored:
         top = max(scored, key=lambda model: model.test[HEADLINE])
@@ -365,7 +132,7 @@ def _metrics_section(report: Mapping[str, Any], models: Sequence[Model]) -> str:
     if RATIO in header:
         note += f" {RATIO}: {pretty(HEADLINE)} over {BASELINE}'s."
     users, recalls = report.get("dataset", {}).get("users"), [model.test.get("recall@10") for model in models]
-    highest = max((recall for recall in recalls if _finite(recall)), default=None)
+    highest = max((recall for recall in recalls if finite(recall)), default=None)
     if users and highest is not None:
         error = math.sqrt(highest * (1 - highest) / users)
         note += (
@@ -380,7 +147,7 @@ def _training_section(models: Sequence[Model]) -> str:
     if not trained:
         return ""
     keys = list(dict.fromkeys(key for model in trained for key in model.train))
-    rows = [[(pretty(m.label), False), *((_number(m.train.get(key)), False) for key in keys)] for m in trained]
+    rows = [[(pretty(m.label), False), *((number(m.train.get(key)), False) for key in keys)] for m in trained]
     return f"<section><h2>Training</h2>{_table(['model', *map(pretty, keys)], rows)}</section>"
 
 
@@ -415,36 +182,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool]]]) ->
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def pretty(name: str) -> str:
-    """A key as a reader writes it: ndcg@10 → NDCG@10, dot_product → dot product, zero_stage → ZeRO stage."""
-    for key, text in {"ndcg": "NDCG", "mrr": "MRR", "recall": "Recall", "coverage": "Coverage"}.items():
-        if re.fullmatch(rf"{key}(@.*)?", name):
-            return text + name[len(key) :]
-    return name.replace("sequences_per_second", "sequences/s").replace("zero_stage", "ZeRO stage").replace("_", " ")
-
-
 def _summary_line(report: Mapping[str, Any]) -> str:
     dataset = report.get("dataset", {})
-    counts = [f"{_number(dataset[key])} {key}" for key in ("users", "items", "interactions") if key in dataset]
+    counts = [f"{number(dataset[key])} {key}" for key in ("users", "items", "interactions") if key in dataset]
     return f"{dataset.get('name', 'unnamed data')}: {', '.join(counts)}" if counts else str(dataset.get("name", ""))
-
-
-def _metric_order(name: str) -> tuple[int, str, int]:
-    metric, _, k = name.partition("@")
-    order = ("recall", "ndcg", "mrr", "coverage")
-    return (order.index(metric) if metric in order else len(order), metric, int(k) if k.isdigit() else 0)
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:,.1f}" if math.isfinite(value) else str(value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _without_nan(value: Any) -> Any:

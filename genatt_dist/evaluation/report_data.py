@@ -1,0 +1,122 @@
+"""The models of a report with what their runs logged, and how their names and numbers are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+BASELINE = "popularity"
+HEADLINE = "ndcg@10"
+
+# One colour a model on every plot, readable on light and dark; models not named here take the spare ones in order.
+COLOURS = {BASELINE: "#8b929c", "dot_product": "#3f7fd0", "variational": "#d9822b", "diffusion": "#1f9d77"}
+SPARE_COLOURS = ("#9b59c9", "#c94f6d", "#7a8b2a", "#2a9fb0")
+
+
+@dataclass
+class Model:
+    """One row of the report with the log of its run."""
+
+    label: str
+    colour: str
+    test: Mapping[str, float]
+    valid: Mapping[str, float]
+    train: Mapping[str, Any]
+    log: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def series(self, kind: str, x: str, y: str) -> tuple[list[float], list[float]]:
+        """The finite values of y against x in the lines of one kind."""
+        pairs = [(line[x], line[y]) for line in self.log.get(kind, []) if finite(line.get(x)) and finite(line.get(y))]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def read_models(report: Mapping[str, Any], runs: Mapping[str, Path]) -> list[Model]:
+    """One row a model, in the report's order, with what its run logged. runs: model name (or label) → run directory."""
+    entries = report.get("models", [])
+    names = [entry["name"] for entry in entries]
+    spare = iter(SPARE_COLOURS * (len(entries) // len(SPARE_COLOURS) + 1))
+    models = []
+    for entry in entries:
+        name = entry["name"]
+        # The same model at several seeds: the seed tells them apart.
+        label = f"{name} (seed {entry.get('seed')})" if names.count(name) > 1 else name
+        run = runs.get(label, runs.get(name))
+        models.append(
+            Model(
+                label=label,
+                colour=COLOURS[name] if label in COLOURS else next(spare),
+                test=entry.get("test") or {},
+                valid=entry.get("valid") or {},
+                train=entry.get("train") or {},
+                log=_read_log(Path(run) / "metrics.jsonl") if run else {},
+                environment=_read_environment(Path(run) / "environment.json") if run else {},
+            )
+        )
+    return models
+
+
+def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of metrics.jsonl by kind. A line that a killed run left half written is passed over."""
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict):
+                lines[line.get("kind", "")].append(line)
+    return lines
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    try:
+        return dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flatten(part, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        yield prefix, ", ".join(map(str, value))
+    else:
+        yield prefix, str(value)
+
+
+def pretty(name: str) -> str:
+    """A key as a reader writes it: ndcg@10 → NDCG@10, dot_product → dot product, zero_stage → ZeRO stage."""
+    for key, text in {"ndcg": "NDCG", "mrr": "MRR", "recall": "Recall", "coverage": "Coverage"}.items():
+        if re.fullmatch(rf"{key}(@.*)?", name):
+            return text + name[len(key) :]
+    return name.replace("sequences_per_second", "sequences/s").replace("zero_stage", "ZeRO stage").replace("_", " ")
+
+
+def metric_order(name: str) -> tuple[int, str, int]:
+    """Sorts metrics as a reader expects them: recall, NDCG, MRR, coverage, each by its cutoff."""
+    metric, _, k = name.partition("@")
+    order = ("recall", "ndcg", "mrr", "coverage")
+    return (order.index(metric) if metric in order else len(order), metric, int(k) if k.isdigit() else 0)
+
+
+def number(value: Any) -> str:
+    """A count or a rate as text, a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if math.isfinite(value) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
