@@ -184,7 +184,8 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
     lists = kept.group_by("user", maintain_order=True).agg("dense_id").sort("user")
     if not lists.height:
         raise GenattError(f"{path}: none of its items is in the vocabulary of {sequences.manifest.name}")
-    lost = table["user"].unique().filter(~table["user"].unique().is_in(lists["user"].implode()))
+    users = table["user"].unique(maintain_order=True)
+    lost = users.filter(~users.is_in(lists["user"].implode()))
     end = np.cumsum(lists["dense_id"].list.len().to_numpy().astype(np.int64))
     notes = [_note(unknown, "items", "are not in the vocabulary"), _note(lost, "users", "have no known item")]
     items = lists["dense_id"].explode().to_numpy()

@@ -179,12 +179,12 @@ def test_unknown_users_are_named_and_skipped(trained: Trained, save: Save) -> No
 
 def test_unknown_items_are_named_and_skipped(trained: Trained, save: Save) -> None:
     log = log_of([20])
-    strange = {"user_id": [*log["user_id"], 120, 7], "item_id": [*log["item_id"], 5555, 6666]}
+    strange = {"user_id": [*log["user_id"], 120, 7, 9, 8], "item_id": [*log["item_id"], 5555, 6666, 6666, 6666]}
     requests = read_requests(save("h.csv", **strange), trained)
     assert requests.user_ids.to_list() == [120]
     assert requests.notes == [
         "skipped 2 items that are not in the vocabulary: 5555, 6666",
-        "skipped 1 users that have no known item: 7",
+        "skipped 3 users that have no known item: 7, 9, 8",
     ]
     plain = recommend(trained, read_requests(save("p.csv", **log), trained), 5)
     assert recommend(trained, requests, 5).equals(plain)
