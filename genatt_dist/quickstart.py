@@ -41,12 +41,12 @@ def quickstart(source: str, out: Path, launcher: str, overrides: list[str], cons
         )
         summaries[attention] = runs.train(chosen, out / attention, launcher)
     console.rule("3/3 evaluate on the test split")
-    report = _evaluate(config, out, summaries)
+    report = _evaluate(config, out, summaries) | {"seconds": round(time.perf_counter() - started)}
     from genatt_dist.evaluation.report import print_table, write_report
 
     write_report(report, {attention: out / attention for attention in ATTENTIONS}, out)
     print_table(report)
-    console.print(f"{time.perf_counter() - started:.0f} s in all. Report: {out / 'report.html'}", highlight=False)
+    console.print(f"{report['seconds']} s in all. Report: {out / 'report.html'}", highlight=False)
     return report
 
 

@@ -48,7 +48,7 @@ def main() -> None:
 def _quiet() -> None:
     """Libraries' chatter off: it comes once a rank and tells the user nothing to act on."""
     warnings.filterwarnings("ignore", module=r"(torch|torchrec|deepspeed|fbgemm_gpu)(\.|$)")
-    for name in ("torch", "torchrec", "DeepSpeed", "torch.fx._symbolic_trace"):
+    for name in ("torch", "torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
