@@ -3,8 +3,8 @@
     python -m benchmarks.throughput --shards shards/amazon-beauty --out benchmarks/results/throughput_beauty.json
 
 Two child processes live at the same time with the same environment (threads, allocator); they take turns, one epoch
-each, in an order drawn anew every round, so that a noisy machine slows both. A row holds one round; the figure to quote
-is the median of the rounds' ratios. The first round warms up and is not kept.
+each, the first of a round being the last of the round before, so that a noisy machine slows both. A row holds one
+round; the figure to quote is the median of the rounds' ratios. The first round warms up and is not kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import random
 import statistics
 import tempfile
 import time
@@ -102,9 +101,8 @@ def main() -> None:
         pipes[target.__name__] = pipe
 
     console, order, rows = Console(stderr=True), list(pipes), []
-    chance = random.Random(0)
     for round_number in range(arguments.rounds + 1):
-        chance.shuffle(order)
+        order.reverse()
         row: dict[str, float | int | str] = {"round": round_number, "order": " ".join(order)}
         for name in order:
             pipes[name].send(round_number)
@@ -122,6 +120,7 @@ def main() -> None:
         + " ".join([*(["--default-allocator"] if arguments.default_allocator else []), *arguments.overrides]).strip(),
         "allocator": "glibc default" if arguments.default_allocator else "kept (MALLOC_* of worker_environment)",
         "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
         "median_ratio": statistics.median(float(row["ratio"]) for row in rows),

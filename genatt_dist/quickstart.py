@@ -4,6 +4,7 @@ quickstart`).
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -41,7 +42,10 @@ def quickstart(source: str, out: Path, launcher: str, overrides: list[str], cons
         )
         summaries[attention] = runs.train(chosen, out / attention, launcher)
     console.rule("3/3 evaluate on the test split")
-    report = _evaluate(config, out, summaries) | {"seconds": round(time.perf_counter() - started)}
+    report = _evaluate(config, out, summaries) | {
+        "seconds": round(time.perf_counter() - started),
+        "environment": json.loads((out / ATTENTIONS[0] / "environment.json").read_text()),
+    }
     from genatt_dist.evaluation.report import print_table, write_report
 
     write_report(report, {attention: out / attention for attention in ATTENTIONS}, out)

@@ -16,7 +16,8 @@ from genatt_dist.evaluation.metrics import CUTOFFS, metrics
 def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> Result:
     """Rank by popularity through the ranking that models use: a state of width 1 and each item's place as its row.
 
-    Places, not counts: items of equal count keep a fixed order (frequency rank), so the list of k is well defined.
+    Places, not counts: items of equal count have a fixed order, so the list of k is well defined. It is drawn by
+    chance, because dense ids follow all counts and would tell the held-out ones.
     """
     chance = np.random.default_rng(0).permutation(sequences.num_items)
     order = np.lexsort((chance, -sequences.popularity[1:]))

@@ -133,7 +133,13 @@ def _deepspeed(world_size: int, arguments: list[str], environment: dict[str, str
     address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     # Given a number, the launcher overrides CUDA_VISIBLE_DEVICES; given places, it keeps to them.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "") if environment.get("DS_ACCELERATOR") == "cuda" else ""
-    places = ["--include", "localhost:" + ",".join(visible.split(",")[:world_size])] if visible else []
+    gpus = visible.split(",")[:world_size] if visible else []
+    if not all(gpu.isdigit() for gpu in gpus) or 0 < len(gpus) < world_size:
+        raise GenattError(
+            f"CUDA_VISIBLE_DEVICES={visible} does not number {world_size} GPUs, which the deepspeed launcher needs: "
+            "use --launcher torchrun"
+        )
+    places = ["--include", "localhost:" + ",".join(gpus)] if gpus else []
     ranks = places or ["--num_accelerators", str(world_size)]
     return [found, *ranks, *address, "--log_level", "error", "--module", _WORKER, *arguments]
 

@@ -18,6 +18,8 @@ from data_pipeline.errors import GenattError
 
 USER_ERROR = 2
 _RANK_0_FIRST_SECONDS = 3
+# What gloo and NCCL say of a peer that is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def main() -> None:
@@ -43,6 +45,11 @@ def main() -> None:
             time.sleep(_RANK_0_FIRST_SECONDS)
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST_PEER):
+            raise
+        print(f"rank {os.environ.get('RANK', '0')}: another rank ended; it says why", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _quiet() -> None:

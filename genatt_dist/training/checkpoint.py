@@ -111,8 +111,7 @@ def publish(final: Path, keep: set[Path]) -> None:
     (path / _COMPLETE).write_text(json.dumps(sums, indent=2))
     for written in (*path.iterdir(), path):  # on disk before an older one goes, also if the power fails
         _sync(written)
-    shutil.rmtree(final, ignore_errors=True)
-    path.rename(final)
+    path.rename(final)  # a step is saved once; a second time would be an error here, before anything is lost
     _sync(final.parent)
     for old in final.parent.glob("step-*"):
         if old not in keep | {final}:

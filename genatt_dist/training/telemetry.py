@@ -97,7 +97,7 @@ def _forget_after(path: Path, step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         with suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.rstrip("\n") + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)

@@ -112,7 +112,10 @@ class Trainer:
             if self._rank == 0:
                 write_environment(self._run, self._device)
             self._started = time.perf_counter() - self._progress.seconds
-            while self._progress.epoch < self._config.training.epochs and not self._finished():
+            # An epoch that was begun is ended, as it would have been without the stop.
+            while self._progress.epoch < self._config.training.epochs and (
+                self._progress.batch > 0 or not self._finished()
+            ):
                 self._train_epoch()
                 self._progress.epoch, self._progress.batch = self._progress.epoch + 1, 0
                 self._progress.seconds = time.perf_counter() - self._started
@@ -155,7 +158,9 @@ class Trainer:
             part = []
             self._telemetry.advance(progress.step)
             # Every rank logs at the same steps: the losses are summed over ranks.
-            save = training.checkpoint_every and progress.step % training.checkpoint_every == 0
+            ended = progress.batch == self.batches.num_batches  # then validation comes first and saves
+            due = training.checkpoint_every and progress.step % training.checkpoint_every == 0
+            save = due and not ended
             if save or len(shares) == _LOG_STEPS:
                 log()
             if save:

@@ -131,7 +131,8 @@ def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
 ) -> None:
     """The cursor points into the epoch: no batch is trained twice or left out."""
     common = ("training.epochs=3", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
-    config = make_config(*_RUNS["sharded"], *common, "training.checkpoint_every=2")
+    # Every update is saved but an epoch's last, which validation saves: none twice.
+    config = make_config(*_RUNS["sharded"], *common, "training.checkpoint_every=1")
     whole, stopped = write_config(tmp_path / "whole", config), write_config(tmp_path / "stopped", config)
     ranks.run(train, 2, whole)
     ranks.run(train, 2, stopped, False, True, 2)
@@ -142,6 +143,22 @@ def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
     assert _losses(stopped) == pytest.approx(_losses(whole), abs=1e-6)
     num_rows = load_manifest(config.data.path).num_items + 1
     assert _largest_difference(checkpoint.newest(whole), checkpoint.newest(stopped), num_rows) <= 1e-6
+
+
+def test_epoch_that_was_begun_is_ended_although_time_is_up(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Otherwise a run stopped before its first validation would resume to an empty summary."""
+    common = ("training.epochs=4", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
+    config = make_config(*_RUNS["replicated"], *common, "training.checkpoint_every=1")
+    run = write_config(tmp_path / "run", config)
+    ranks.run(train, 2, run, False, True, 2)
+    late = config.training.model_copy(update={"max_seconds": 0.001})
+    write_config(run, config.model_copy(update={"training": late}))
+    ranks.run(train, 2, run, True)
+    summary = json.loads((run / runs.SUMMARY).read_text())
+    assert summary["train"]["epochs"] == _STOPPED_EPOCH + 1
+    assert summary["valid"]
 
 
 def test_bf16_trains_and_validates_with_a_replicated_table(
