@@ -38,8 +38,6 @@ class GeneratedLogits(nn.Module):
     def __init__(self, model: ModelConfig, attention: VariationalAttention | DiffusionAttention, max_len: int) -> None:
         super().__init__()
         d, self.heads, factor = model.hidden_size, model.num_heads, attention.form == "factor"
-        if attention.query_projection and not factor:
-            raise ValueError("query_projection=true needs form=factor: offset logits have no query to add x W_Q to")
         self.kappa = nn.Parameter(torch.ones(self.heads))
         width = self.heads * attention.rank
         self.w_v = linear(2 * d, width, bias=False) if factor else None

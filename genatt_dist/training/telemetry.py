@@ -49,7 +49,6 @@ class Telemetry:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID = self._progress.add_task(title, total=total_steps, status="")
-        self._title = title
 
     def __enter__(self) -> Telemetry:
         if self._active:

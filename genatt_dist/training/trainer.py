@@ -65,8 +65,7 @@ class Trainer:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._sequences = Sequences.read(config.data.path)
         self.batches = TrainingBatches.plan(self._sequences, config.data, config.training)
-        self._updates_per_epoch = len(self.batches.epoch(0)) // config.training.accumulation_steps
-        self._total_steps = config.training.epochs * self._updates_per_epoch
+        self._total_steps = config.training.epochs * self.batches.num_batches // config.training.accumulation_steps
 
         torch.manual_seed(config.training.seed)  # fresh dense weights; all later draws are keyed
         self._engine = Engine(DenseModel(config, self._sequences.num_items), config.training)
