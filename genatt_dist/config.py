@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.errors import GenattError
-from genatt_dist.attention import schedule
-
-
-class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no silent change after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from genatt_dist.attention.options import (
+    Attention,
+    DecodedAttention,
+    DiffusionAttention,
+    DotProductAttention,
+    HybridAttention,
+    RecurrentAttention,
+    VariationalAttention,
+)
+from genatt_dist.section import Section
 
 
 class DataConfig(Section):
@@ -40,84 +43,6 @@ class DataConfig(Section):
     )
 
 
-class DotProductAttention(Section):
-    """SASRec's attention with query, key and value projections: the control every claim is held against."""
-
-    type: Literal["dot_product"] = "dot_product"
-
-
-class _Generated(Section):
-    """What V-GenAtt and D-GenAtt share (MATH §3, §4)."""
-
-    form: Literal["factor", "matrix"] = "factor"
-    rank: int = Field(16, ge=1, description="r: width of the generated query of a head (factor form).")
-    latent_size: int = Field(32, ge=1, description="d_z")
-    generator_size: int = Field(128, ge=1, description="d_h: width of decoder and denoiser.")
-    decoder: Literal["mlp", "linear"] = "mlp"
-    decoder_input: Literal["states", "states_items", "latent"] = Field(
-        "states", description="c_i = S_i, [S_i; X_i] or nothing."
-    )
-    condition: Literal["prefix", "last"] = Field("prefix", description="Row i sees S_i, or every row the last state.")
-    relative_bias: bool = Field(
-        True, description="Learned bias b_{i-j} on factor-form logits; ignored by the matrix form, which has its own."
-    )
-    query_projection: bool = Field(False, description="Add x W_Q to the generated query (factor form).")
-    value_projection: bool = Field(False, description="V = X W_V instead of V = X.")
-    free_bits: float = Field(0.05, ge=0, description="nat per latent dimension that the KL is not pushed below.")
-    gamma: float = Field(1.0, ge=0, description="Weight of the generative loss.")
-    gamma_warmup: float = Field(0.1, ge=0, le=1, description="Share of all steps over which gamma rises from 0.")
-
-    @model_validator(mode="after")
-    def _form_has_query(self) -> _Generated:
-        if self.query_projection and self.form == "matrix":
-            raise ValueError(
-                "query_projection=true with form=matrix: only the factor form has a query to project; "
-                "use form=factor, or query_projection=false"
-            )
-        return self
-
-
-class VariationalAttention(_Generated):
-    """V-GenAtt: each row's map is decoded from a Gaussian latent (MATH §4)."""
-
-    type: Literal["variational"] = "variational"
-    train_samples: int = Field(1, ge=1, description="K of the importance-weighted bound -log 1/K sum p(y|z_k).")
-    inference: Literal["mean", "sample", "mc"] = "mean"
-    mc_samples: int = Field(16, ge=1, description="M: maps averaged by inference=mc.")
-
-
-class DiffusionAttention(_Generated):
-    """D-GenAtt: each row's map is denoised from Gaussian noise (MATH §5)."""
-
-    type: Literal["diffusion"] = "diffusion"
-    diffusion_steps: int = Field(50, ge=1, description="T")
-    schedule: Literal["linear", "cosine"] = "linear"
-    train_sampler: Literal["one_step", "unrolled"] = "one_step"
-    rec_mix: float = Field(0.5, ge=0, le=1, description="rho: share of sequences ranked through the denoised map.")
-    latent_weight: float = Field(
-        0.5, ge=0, description="gamma_z: weight of the latent's KL inside the generative loss."
-    )
-    sampling_steps: int = Field(4, ge=1, description="S: DDIM steps at inference.")
-    eta: float = Field(0.0, ge=0, le=1, description="DDIM noise: 0 deterministic given R_T, 1 ancestral.")
-    sample_blocks: Literal["all", "last"] = Field(
-        "all", description="Blocks that sample at inference; the others use the mean map."
-    )
-    literal: bool = Field(False, description="Diffuse g_0 itself: m = 0, sigma = 1.")
-
-    @model_validator(mode="after")
-    def _possible(self) -> DiffusionAttention:
-        if self.sampling_steps > self.diffusion_steps:
-            raise ValueError(
-                f"sampling_steps={self.sampling_steps} is more than diffusion_steps={self.diffusion_steps}: "
-                f"set sampling_steps to at most {self.diffusion_steps}"
-            )
-        schedule.check(self.schedule, self.diffusion_steps)
-        return self
-
-
-Attention = Annotated[DotProductAttention | VariationalAttention | DiffusionAttention, Field(discriminator="type")]
-
-
 class ModelConfig(Section):
     """The dense model between item rows and states (MATH §2)."""
 
@@ -126,6 +51,24 @@ class ModelConfig(Section):
     num_heads: int = Field(1, ge=1, description="H")
     dropout: float = Field(0.2, ge=0, lt=1)
     attention: Attention = DotProductAttention()
+    share_map: bool = Field(False, description="The first block's map serves all blocks, each with values of its own.")
+
+    @property
+    def decoded(self) -> DecodedAttention | None:
+        """What decodes maps from the encoder's states, also inside a hybrid; None where nothing does."""
+        attention = self.attention.generator if isinstance(self.attention, HybridAttention) else self.attention
+        return attention if isinstance(attention, DecodedAttention) else None
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the attention reads the states of the sequence encoder."""
+        return self.decoded is not None or isinstance(self.attention, RecurrentAttention)
+
+    @property
+    def generative(self) -> VariationalAttention | DiffusionAttention | None:
+        """The generative attention, also inside a hybrid; None for the others."""
+        decoded = self.decoded
+        return decoded if isinstance(decoded, VariationalAttention | DiffusionAttention) else None
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
@@ -134,6 +77,8 @@ class ModelConfig(Section):
                 f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}: heads "
                 "share the width equally"
             )
+        if self.share_map and isinstance(self.attention, RecurrentAttention):
+            raise ValueError("share_map=true with attention.type=gru: there is no map to share; set share_map=false")
         return self
 
 
@@ -222,7 +167,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        attention, sharded = self.model.attention, self.table.kind == "sharded"
+        decoded, sharded = self.model.decoded, self.table.kind == "sharded"
         if sharded and self.loss.kind == "full":
             raise ValueError(
                 "table.kind=sharded with loss.kind=full: no rank holds all rows to score; use "
@@ -245,8 +190,7 @@ class RunConfig(Section):
                 "training.precision=bf16 with training.zero_stage=0: without ZeRO, DeepSpeed's bf16 drifts from fp32 "
                 "with AdamW; use training.zero_stage=1"
             )
-        conditioned = "prefix" if isinstance(attention, DotProductAttention) else attention.condition
-        if conditioned == "last" and self.data.targets != "last":
+        if decoded is not None and decoded.condition == "last" and self.data.targets != "last":
             raise ValueError(
                 "model.attention.condition=last with data.targets=all: the last state has seen the targets of all "
                 "earlier positions; use condition=prefix, or data.targets=last"
@@ -325,7 +269,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return f"{dotted}: {message}" if dotted else message
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given, known = error["input"].get("type"), [kind.model_fields["type"].default for kind in _sections(Attention)]
+        given, known = error["input"].get("type"), _tags(location[-1])
         near = difflib.get_close_matches(str(given), known, n=1)
         wrong = f"{dotted}.type={given} is unknown" if given else f"{dotted}.type is missing"
         return f"{wrong}: {f'did you mean {near[0]}? ' if near else ''}use {', '.join(known)}"
@@ -336,12 +280,16 @@ def _explain(error: Any) -> str:
 
 def _keys(location: Sequence[Any]) -> list[Any]:
     """A location as the user wrote it: without the tag that pydantic puts after the name of a union."""
-    tags = {kind.model_fields["type"].default for kind in _sections(Attention)}
-    return [
-        part
-        for before, part in zip((None, *location), location, strict=False)
-        if before != "attention" or part not in tags
-    ]
+    return [part for before, part in zip((None, *location), location, strict=False) if part not in _tags(before)]
+
+
+def _tags(field: Any) -> list[str]:
+    """The types a union of sections may have: `attention`, and `generator` inside a hybrid."""
+    unions: dict[Any, Any] = {
+        "attention": Attention,
+        "generator": HybridAttention.model_fields["generator"].annotation,
+    }
+    return [kind.model_fields["type"].default for kind in _sections(unions.get(field))]
 
 
 def _fields(location: Sequence[Any]) -> set[str]:

@@ -57,9 +57,12 @@ def test_an_unknown_key_of_an_attention_names_the_nearest_of_its_type(file: Path
     [
         (
             ["model.attention.type=variatonal"],
-            "type=variatonal is unknown: did you mean variational? use dot_product, variational, diffusion",
+            "type=variatonal is unknown: did you mean variational? use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid",
         ),
-        (["model.attention.type=7"], "model.attention.type=7 is unknown: use dot_product, variational, diffusion"),
+        (
+            ["model.attention.type=7"],
+            "model.attention.type=7 is unknown: use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid",
+        ),
         (
             ["model.attention.type=variational", "model.attention.rank=0"],
             "model.attention.rank=0: input should be greater than or equal to 1",
@@ -83,7 +86,10 @@ def test_a_missing_section_says_how_to_give_it(tmp_path: Path) -> None:
     assert "data is missing: set it in the file or give data=VALUE" in refusal(path)
     assert "data.path is missing" in refusal(path, "data.max_len=4")
     path.write_text("data: {path: x}\nmodel:\n  attention: {rank: 3}")
-    assert "model.attention.type is missing: use dot_product, variational, diffusion" in refusal(path)
+    assert (
+        "model.attention.type is missing: use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid"
+        in refusal(path)
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,9 +237,34 @@ def test_what_is_dumped_loads_equal(kind: str, file: Path, tmp_path: Path) -> No
     assert list(yaml.safe_load(again.read_text())) == list(RunConfig.model_fields)  # in full: no default is left out
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("study_"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads(path: Path) -> None:
     configuration.load(path)
+
+
+def test_the_attention_types_know_what_generates_and_what_reads_states(file: Path) -> None:
+    def model(*overrides: str) -> Any:
+        return configuration.load(file, [f"model.attention.{override}" for override in overrides]).model
+
+    diffusion_hybrid = model("type=hybrid", "generator.type=diffusion", "generator.diffusion_steps=10")
+    assert diffusion_hybrid.generative.diffusion_steps == 10
+    assert model("type=variational").generative.type == "variational"
+    assert model("type=deterministic").generative is None
+    encoded = {name: model(f"type={name}").encoded for name in ("dot_product", "positional", "gru", "deterministic")}
+    assert encoded == {"dot_product": False, "positional": False, "gru": True, "deterministic": True}
+    with pytest.raises(GenattError, match="share_map=true with attention.type=gru"):
+        configuration.load(file, ["model.attention.type=gru", "model.share_map=true"])
+    with pytest.raises(GenattError, match="condition=last with data.targets=all"):
+        model("type=hybrid", "generator.type=variational", "generator.condition=last")
+    assert "unknown key model.attention.generator.rnk: did you mean model.attention.generator.rank?" in refusal(
+        file,
+        "model.attention.type=hybrid",
+        "model.attention.generator.type=variational",
+        "model.attention.generator.rnk=2",
+    )
 
 
 def test_a_configuration_does_not_change_after_it_was_read(file: Path) -> None:

@@ -1,6 +1,7 @@
 """The denoiser R̂_0 = D(R_t, S, t) of D-GenAtt, the scale ς of what it denoises, and its table of times (MATH §5).
 
-Legend: N real tokens, G denoiser width d_h, H heads, K entries of a generated row, T diffusion steps, F = 32 sinusoids.
+Legend: M rows that are made (in training all N real tokens), G denoiser width d_h, H heads, K entries of a generated
+row, T diffusion steps, F = 32 sinusoids.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from genatt_dist.attention import schedule
 from genatt_dist.attention.base import Float32Buffers, linear, widen
 from genatt_dist.attention.entries import Entries, FromEntries, ToEntries
-from genatt_dist.config import DiffusionAttention, ModelConfig
+from genatt_dist.attention.options import DiffusionAttention
+from genatt_dist.config import ModelConfig
 from genatt_dist.model.context import Context
 
 SINUSOIDS = 32
@@ -44,16 +46,16 @@ class Denoiser(nn.Module):
         super().__init__()
         width = attention.generator_size
         self.w_g = FromEntries(model.num_heads, entries, width)
-        self.w_s = linear(model.hidden_size, width)
-        self.w_tau = linear(SINUSOIDS, width, bias=False)
+        self.w_s = linear(model.hidden_size, width, bias=False)
+        self.w_tau = linear(SINUSOIDS, width)  # its bias is b
         self.w_2 = linear(width, width)
         self.w_3 = ToEntries(width, model.num_heads, entries)
 
-    def forward(self, r_NHK: Tensor, given_NG: Tensor, entries: Entries) -> Tensor:
-        """given_NG: W_s S_i + b + W_τ τ(t), whose two parts do not change from step to step and are computed once."""
-        h_NG = F.gelu(self.w_g(r_NHK) + given_NG)
-        h_NG = h_NG + F.gelu(self.w_2(h_NG))
-        return entries.mask(self.w_3(h_NG, entries.width))
+    def forward(self, r_MHK: Tensor, given_MG: Tensor, entries: Entries) -> Tensor:
+        """given_MG: W_s S_i + W_τ τ(t) + b, whose parts do not change from step to step and are computed once."""
+        h_MG = F.gelu(self.w_g(r_MHK, given_MG))
+        h_MG = h_MG + F.gelu(self.w_2(h_MG))
+        return entries.mask(self.w_3(h_MG, entries.width))
 
 
 class ResidualScale(Float32Buffers):
@@ -69,9 +71,9 @@ class ResidualScale(Float32Buffers):
         return torch.where(self.mean_square > 0, self.mean_square, 1.0).sqrt()
 
     @torch.no_grad()
-    def update(self, residual_NHK: Tensor, entries: Entries, context: Context) -> None:
+    def update(self, residual_MHK: Tensor, entries: Entries, context: Context) -> None:
         """After use: rows of a batch must not see each other through a statistic of that batch."""
-        sum_, count = widen(residual_NHK).square().sum().float(), entries.count_N11.sum() * residual_NHK.shape[1]
+        sum_, count = widen(residual_MHK).square().sum().float(), entries.count_M11.sum() * residual_MHK.shape[1]
         sum_, count = context.total(torch.stack((sum_, count.float())))
         batch = sum_ / count
         running = MOMENTUM * self.mean_square + (1 - MOMENTUM) * batch

@@ -1,37 +1,38 @@
 """D-GenAtt: each row's map is denoised from Gaussian noise (MATH §5; all of it but the idea is [D]).
 
-Legend: B sequences, N real tokens, D hidden width d, Z latent width d_z, G denoiser width d_h, H heads, K entries of a
-generated row. g_0 is the clean row, m its mean, R_0 = (g_0 − m)/ς the residual that is diffused, R_t its noised form,
-R̂_0 the denoised one.
+Legend: B sequences, N real tokens, M rows that are made, D hidden width d, Z latent width d_z, G denoiser width d_h,
+C width of what the decoder is given, H heads, K entries of a generated row. g_0 is the clean row, m its mean,
+R_0 = (g_0 − m)/ς the residual that is diffused, R_t its noised form, R̂_0 the denoised one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from genatt_dist.attention import sampler
-from genatt_dist.attention.base import Generated, Generator, condition, widen
-from genatt_dist.attention.decoder import Decoder, Latent, Posterior, free_bits, rms
+from genatt_dist.attention.base import Generated, Generator, Rows, condition, widen
+from genatt_dist.attention.decoder import Decoder, Latent, Posterior, free_bits
 from genatt_dist.attention.denoiser import Denoiser, ResidualScale, Times
-from genatt_dist.attention.entries import Entries
+from genatt_dist.attention.entries import Entries, row_width
 from genatt_dist.attention.logits import GeneratedLogits, Values
 from genatt_dist.attention.noise import NoiseKey, Purpose, integers, normal, uniform
-from genatt_dist.config import DiffusionAttention, ModelConfig
+from genatt_dist.attention.options import DiffusionAttention
+from genatt_dist.config import ModelConfig
 from genatt_dist.model.context import Context
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What all rows of one call share: the conditioning of decoder and denoiser."""
+class _Given:
+    """What decoder and denoiser know of the rows they make."""
 
-    posterior: Posterior
-    c_ND: Tensor
-    x_ND: Tensor
+    rows: Rows
     entries: Entries
+    posterior: Posterior
+    c_MD: Tensor
+    decoder_MC: Tensor | None
 
 
 class Diffusion(Generator):
@@ -43,8 +44,8 @@ class Diffusion(Generator):
     def __init__(self, model: ModelConfig, attention: DiffusionAttention, max_len: int, block: int) -> None:
         super().__init__()
         self.config, self.block, self.heads = attention, block, model.num_heads
-        self.samples = attention.sample_blocks == "all" or block == model.num_blocks - 1
-        width = attention.rank if attention.form == "factor" else max_len
+        self.samples = attention.sample_blocks == "all" or block == model.num_blocks - 1 or model.share_map
+        width = row_width(attention, max_len)
         self.latent = Latent(model.hidden_size, attention.latent_size)
         self.decoder = Decoder(model, attention, width)
         self.denoiser = Denoiser(model, attention, width)
@@ -53,85 +54,92 @@ class Diffusion(Generator):
         self.logits = GeneratedLogits(model, attention, max_len)
         self.values = Values(model, attention.value_projection)
 
-    def forward(self, x_ND: Tensor, s_ND: Tensor | None, context: Context, sample: bool = False) -> Generated:
+    def forward(
+        self, x_ND: Tensor, s_ND: Tensor | None, context: Context, sample: bool = False, last: bool = False
+    ) -> Generated:
         assert s_ND is not None, "generated attention needs the encoder states S"
-        entries = Entries.of(self.config.form, self.config.rank, context.layout)
-        c_ND = condition(s_ND, self.config.condition, context.layout)
-        rows = _Rows(self.latent(c_ND), c_ND, x_ND, entries)
-        kl_NZ, scale = rows.posterior.kl_NZ(), self._scale()
+        rows = Rows.of(context, last)
+        c_MD = condition(s_ND, self.config.condition, rows)
+        entries = Entries.of(self.config.form, self.config.rank, rows)
+        given = _Given(rows, entries, self.latent(c_MD), c_MD, self.decoder.given(c_MD, rows.take(x_ND)))
+        kl_MZ, scale = given.posterior.kl_MZ(), self._scale()
         if self.training:
-            g_NHK, loss = self._train(rows, scale, context)
-            loss = loss + self.config.latent_weight * free_bits(kl_NZ, self.config.free_bits, context)
+            g_MHK, loss = self._train(given, scale)
+            loss = loss + self.config.latent_weight * free_bits(kl_MZ, self.config.free_bits, context)
         else:
             sampled = self.samples or sample
-            g_NHK = self._sample(rows, scale, context) if sampled else self._clean(rows.posterior.mu_NZ, rows)
-            loss = kl_NZ.new_zeros(())
-        maps, statistics = self.logits([g_NHK], x_ND, s_ND, context.layout)
-        statistics |= {"kl_Z": kl_NZ.detach().sum(0), "residual_scale": scale}
-        return Generated(maps, self.values(x_ND), loss, statistics)
+            g_MHK = self._sample(given, scale) if sampled else self._clean(given.posterior.mu_MZ, given)
+            loss = kl_MZ.new_zeros(())
+        maps, statistics = self.logits([g_MHK], x_ND, s_ND, rows)
+        statistics |= {"kl_Z": kl_MZ.detach().sum(0), "residual_scale": scale}
+        return Generated(maps, self.values(x_ND), loss, statistics, last)
 
-    def _train(self, rows: _Rows, scale: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _train(self, given: _Given, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The row each sequence is ranked by, and this part's share of E clip(SNR_t, 1, 5)·mean_valid (R̂_0 − R_0)².
 
         The mean is over a row's valid entries, then over heads and tokens [D].
         """
-        noise, layout = context.noise_for("training D-GenAtt"), context.layout
-        z_NZ = rows.posterior.sample(normal(noise.token(Purpose.LATENT, self.block, 0), self.config.latent_size))
-        g0_NHK, m_NHK = self._clean(z_NZ, rows), self._mean(rows)
+        noise, context, entries = given.rows.noise("training D-GenAtt"), given.rows.context, given.entries
+        row_N, scale_ = context.layout.row_N, scale.to(given.c_MD.dtype)
+        eps_NZ = normal(noise.token(Purpose.LATENT, self.block, 0), self.config.latent_size)
+        g0_NHK, m_NHK = self._clean(given.posterior.sample(eps_NZ), given), self._mean(given)
         # Nothing but the denoiser and S learns from L_gen: a target that followed it could make itself easy.
         residual_NHK = (g0_NHK - m_NHK).detach()
-        r0_NHK = residual_NHK / scale.to(residual_NHK.dtype)
+        r0_NHK = residual_NHK / scale_
 
-        t_N = self._draw_t(noise)[layout.row_N]
-        alpha_bar_N11 = self.times.alpha_bar_T[t_N, None, None]
-        eps_NHK = rows.entries.normal(noise.token(Purpose.DIFFUSION, self.block), self.heads, like=r0_NHK)
-        denoised_NHK = self._denoise(rows)(sampler.diffuse(r0_NHK, eps_NHK, alpha_bar_N11), t_N)
+        t_B = self._draw_t(noise)
+        alpha_bar_B = self.times.alpha_bar_T[t_B]
+        eps_NHK = entries.normal(noise.token(Purpose.DIFFUSION, self.block), self.heads, like=r0_NHK)
+        r_NHK = sampler.diffuse(r0_NHK, eps_NHK, alpha_bar_B[row_N, None, None])
+        tau_BG = self.denoiser.w_tau(self.times.tau_TF[t_B].to(r0_NHK.dtype))
+        denoised_NHK = self.denoiser(r_NHK, self.denoiser.w_s(given.c_MD) + tau_BG[row_N], entries)
 
-        weight_N11 = (alpha_bar_N11 / (1 - alpha_bar_N11)).clamp(1, 5)
-        error_NH1 = weight_N11 * rows.entries.mean_square(widen(denoised_NHK - r0_NHK))
-        loss = error_NH1.mean(1).sum() / context.num_tokens
+        weight_N11 = (alpha_bar_B / (1 - alpha_bar_B)).clamp(1, 5)[row_N, None, None] / entries.count_M11
+        error = (weight_N11 * widen(denoised_NHK - r0_NHK).square()).sum() / self.heads
+        loss = error / context.num_tokens
         if not self.config.literal:
-            self.residual_scale.update(residual_NHK, rows.entries, context)
+            self.residual_scale.update(residual_NHK, entries, context)
 
         if self.config.train_sampler == "unrolled":
-            ranked_NHK = self._sample(rows, scale, context, steps=self.config.diffusion_steps)
+            ranked_NHK = self._sample(given, scale, steps=self.config.diffusion_steps)
         else:
-            ranked_NHK = m_NHK + scale.to(m_NHK.dtype) * denoised_NHK
+            ranked_NHK = m_NHK + scale_ * denoised_NHK
         # The draw knows no block: all blocks of a sequence rank it the same way.
         mixed_B1 = uniform(noise.sequence(Purpose.MIXTURE, 0), 1) < self.config.rec_mix
-        return torch.where(mixed_B1[layout.row_N, :, None], ranked_NHK, g0_NHK), loss
+        return torch.where(mixed_B1[row_N, :, None], ranked_NHK, g0_NHK), loss
 
-    def _sample(self, rows: _Rows, scale: Tensor, context: Context, steps: int | None = None) -> Tensor:
-        """g = m + ςR̂_0, with R̂_0 sampled by DDIM: [N, H, K]."""
-        noise, num_steps = context.noise_for("sampling D-GenAtt"), self.config.diffusion_steps
-        m_NHK = self._mean(rows)
+    def _sample(self, given: _Given, scale: Tensor, steps: int | None = None) -> Tensor:
+        """g = m + ςR̂_0, with R̂_0 sampled by DDIM: [M, H, K]."""
+        noise, num_steps = given.rows.noise("sampling D-GenAtt"), self.config.diffusion_steps
+        m_MHK, s_MG = self._mean(given), self.denoiser.w_s(given.c_MD)
+        tau_TG = self.denoiser.w_tau(self.times.tau_TF.to(s_MG.dtype))
 
         def draw(t: int) -> Tensor:
-            return rows.entries.normal(noise.token(Purpose.SAMPLER, self.block, t), self.heads, like=m_NHK)
+            key_M = noise.token(Purpose.SAMPLER, self.block, t)
+            return given.entries.normal(key_M, self.heads, like=m_MHK)
+
+        def denoise(r_MHK: Tensor, t: int) -> Tensor:
+            clean_MHK: Tensor = self.denoiser(r_MHK, s_MG + tau_TG[t], given.entries)
+            return clean_MHK
 
         times = sampler.times(num_steps, steps or self.config.sampling_steps)
-        clean_NHK = sampler.sample(self._denoise(rows), draw, self.times.alpha_bar, times, self.config.eta)
-        return m_NHK + scale.to(m_NHK.dtype) * clean_NHK
+        clean_MHK = sampler.sample(denoise, draw, self.times.alpha_bar, times, self.config.eta)
+        return m_MHK + scale.to(m_MHK.dtype) * clean_MHK
 
-    def _denoise(self, rows: _Rows) -> Callable[[Tensor, Tensor | int], Tensor]:
-        """D(·, S, ·) of R_t and t (one for all rows, or [N]), with W_s S + b and the table of W_τ τ computed once."""
-        s_NG = self.denoiser.w_s(rows.c_ND)
-        tau_TG = self.denoiser.w_tau(self.times.tau_TF.to(s_NG.dtype))
-        return lambda r_NHK, t: self.denoiser(r_NHK, s_NG + tau_TG[t], rows.entries)
+    def _clean(self, z_MZ: Tensor, given: _Given) -> Tensor:
+        """rms(Dec(z)): [M, H, K]"""
+        return given.entries.rms(self.decoder(z_MZ, given.decoder_MC, given.entries))
 
-    def _clean(self, z_NZ: Tensor, rows: _Rows) -> Tensor:
-        """rms(Dec(z)): [N, H, K]"""
-        return rms(self.decoder(z_NZ, rows.c_ND, rows.x_ND, rows.entries), rows.entries)
-
-    def _mean(self, rows: _Rows) -> Tensor:
+    def _mean(self, given: _Given) -> Tensor:
         """m = stopgrad(rms(Dec(μ))), 0 in `literal` mode."""
         with torch.no_grad():
-            m_NHK = self._clean(rows.posterior.mu_NZ, rows)
-            return torch.zeros_like(m_NHK) if self.config.literal else m_NHK
+            if self.config.literal:
+                return given.c_MD.new_zeros(len(given.c_MD), self.heads, given.entries.width)
+            return self._clean(given.posterior.mu_MZ, given)
 
     def _scale(self) -> Tensor:
         """ς, 1 in `literal` mode: float32 scalar, no gradient."""
-        scale = self.residual_scale()
+        scale: Tensor = self.residual_scale()
         return torch.ones_like(scale) if self.config.literal else scale
 
     def _draw_t(self, noise: NoiseKey) -> Tensor:

@@ -5,6 +5,9 @@ A key is an int64 tensor (or a Python int) that `derive` folds words into: seed,
 block, head … Draws hash the key with a counter (SplitMix64's finaliser, Steele et al. 2014), so they are vectorised,
 stateless, and equal on CPU and GPU (normals to rounding). int64 arithmetic in torch wraps around, as the hash wants.
 
+Which number a key gives is a contract: published results and the GPU kernels rest on it, and tests pin it.
+`benchmarks/noise.py` measures what the draws cost.
+
 Legend: N keys (real tokens of the batch), M numbers a key.
 """
 
@@ -22,6 +25,9 @@ _MASK: Final = (1 << 64) - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _MIX_1: Final = 0xBF58476D1CE4E5B9
 _MIX_2: Final = 0x94D049BB133111EB
+# Words hashed at a time by one CPU thread: the block and its scratch stay in a core's L2 cache over the passes of the
+# hash, and 32,768 elements are what torch gives one thread at least.
+_BLOCK: Final = 1 << 15
 
 
 class Purpose(IntEnum):
@@ -41,6 +47,7 @@ class Purpose(IntEnum):
     MIXTURE = 15
     SAMPLER = 16
     NEGATIVE_OF_TOKEN = 17
+    LOGIT = 18
 
 
 def _signed(word: int) -> int:
@@ -56,25 +63,26 @@ def _mix_int(word: int) -> int:
     return _signed(word ^ (word >> 31))
 
 
-def _shift(word: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's is arithmetic."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(word: Tensor) -> Tensor:
-    word = (word ^ _shift(word, 30)) * _signed(_MIX_1)
-    word = (word ^ _shift(word, 27)) * _signed(_MIX_2)
-    return word ^ _shift(word, 31)
+def _mix_(word: Tensor, scratch: Tensor) -> None:
+    """SplitMix64's finaliser, in place; `scratch` is as large as `word`."""
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
+        torch.bitwise_right_shift(word, shift, out=scratch)
+        scratch.bitwise_and_((1 << (64 - shift)) - 1)  # torch's shift is arithmetic, the hash wants a logical one
+        word.bitwise_xor_(scratch)
+        if factor is not None:
+            word.mul_(_signed(factor))
 
 
 def derive(key: int | Tensor, *words: int | Tensor) -> int | Tensor:
     """Fold words into a key, one after the other; the order matters. Tensors broadcast; ints stay ints."""
     for word in words:
         if isinstance(key, Tensor) or isinstance(word, Tensor):
-            left = key if isinstance(key, Tensor) else torch.as_tensor(_signed(key * _GOLDEN), device=word.device)  # type: ignore[union-attr]
-            left = left * _signed(_GOLDEN) if isinstance(key, Tensor) else left
+            left = key * _signed(_GOLDEN) if isinstance(key, Tensor) else _signed(key * _GOLDEN)
             right = word * _signed(_MIX_2) if isinstance(word, Tensor) else _signed(word * _MIX_2)
-            key = _mix(left + right + _signed(_GOLDEN))
+            mixed = left + right + _signed(_GOLDEN)
+            assert isinstance(mixed, Tensor)
+            _mix_(mixed, torch.empty_like(mixed))
+            key = mixed
         else:
             key = _mix_int(key * _GOLDEN + word * _MIX_2 + _GOLDEN)
     return key
@@ -83,35 +91,53 @@ def derive(key: int | Tensor, *words: int | Tensor) -> int | Tensor:
 def bits(key: Tensor, count: int) -> Tensor:
     """`count` 64-bit words for each key: int64 of shape key.shape + (count,)."""
     counter = torch.arange(1, count + 1, device=key.device) * _signed(_GOLDEN)
-    return _mix(_mix(key.unsqueeze(-1) + counter))
+    word = (key.unsqueeze(-1) + counter).contiguous()
+    flat = word.view(-1)
+    block = _BLOCK * torch.get_num_threads() if word.device.type == "cpu" else max(1, len(flat))
+    scratch = torch.empty_like(flat[:block])
+    for part in flat.split(block):
+        _mix_(part, scratch[: len(part)])
+        _mix_(part, scratch[: len(part)])
+    return word
+
+
+def _unit(word: Tensor) -> Tensor:
+    """(m + ½)·2^-23 in (0, 1), exactly, for the lowest 23 bits m of each int64: float32."""
+    # m becomes the mantissa of a number in [1, 2).
+    half = word.to(torch.int32).bitwise_and_(0x7FFFFF).bitwise_or_(0x3F800000)
+    return half.view(torch.float32).sub_(1 - 2.0**-24)
 
 
 def uniform(key: Tensor, count: int) -> Tensor:
     """`count` numbers in (0, 1) for each key: float32 of shape key.shape + (count,), on a grid of 2^-23 that excludes
     both ends.
     """
-    return (_shift(bits(key, count), 41).float() + 0.5) * 2.0**-23
+    return _unit(bits(key, count).bitwise_right_shift_(41))
 
 
 def normal(key: Tensor, count: int) -> Tensor:
     """`count` standard normals for each key (Box–Muller): float32 of shape key.shape + (count,)."""
     word = bits(key, (count + 1) // 2)
-    radius_u = (_shift(word, 41).float() + 0.5) * 2.0**-23
-    angle_u = ((word & 0x7FFFFF).float() + 0.5) * 2.0**-23
-    radius, angle = torch.sqrt(-2.0 * torch.log(radius_u)), (2.0 * math.pi) * angle_u
-    pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    angle = _unit(word).mul_(2.0 * math.pi)
+    radius = _unit(word.bitwise_right_shift_(41)).log_().mul_(-2.0).sqrt_()
+    # A complex number is its two parts side by side: several times faster than stacking them.
+    pair = torch.view_as_real(torch.complex(radius * angle.cos(), radius * angle.sin()))
     return pair.flatten(-2)[..., :count]
 
 
 def keep_mask(key: Tensor, count: int, drop: float) -> Tensor:
-    """Booleans that are False with probability `drop` (to 2^-16): shape key.shape + (count,). One hash serves four."""
-    lanes = bits(key, (count + 3) // 4).view(torch.int16)  # signed: uniform on −32768..32767
-    return (lanes >= round(drop * 65536) - 32768)[..., :count]
+    """Booleans that are False with probability `drop` < 1 (to 2^-16): shape key.shape + (count,). One hash serves
+    four.
+    """
+    # Four lanes of a word, its lowest first (little-endian); signed, so uniform on −32768..32767.
+    lanes = bits(key, (count + 3) // 4).view(torch.int16)
+    # Compared in place, because a comparison that writes booleans is no vector loop on the CPU.
+    return lanes.ge_(min(round(drop * 65536), 65535) - 32768)[..., :count].to(torch.bool)
 
 
 def integers(key: Tensor, count: int, high: int) -> Tensor:
     """`count` integers in [0, high) for each key: int64. The modulo's bias is below high/2^62."""
-    return _shift(bits(key, count), 2) % high
+    return bits(key, count).bitwise_right_shift_(2).bitwise_and_((1 << 62) - 1) % high
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
 """V-GenAtt: each row's map is decoded from a Gaussian latent of the encoder state (MATH §4).
 
-Legend: N real tokens, D hidden width d, Z latent width d_z, H heads, K entries of a generated row.
+Legend: N real tokens, M rows that are made, D hidden width d, Z latent width d_z, H heads,
+K entries of a generated row, C width of what the decoder is given.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from genatt_dist.attention.base import Generated, Generator, condition
+from genatt_dist.attention.base import Generated, Generator, Rows, condition
 from genatt_dist.attention.decoder import Decoder, Latent, Posterior, free_bits
-from genatt_dist.attention.entries import Entries
+from genatt_dist.attention.entries import Entries, row_width
 from genatt_dist.attention.logits import GeneratedLogits, Values
 from genatt_dist.attention.noise import Purpose, normal
-from genatt_dist.config import ModelConfig, VariationalAttention
+from genatt_dist.attention.options import VariationalAttention
+from genatt_dist.config import ModelConfig
 from genatt_dist.model.context import Context
 
 
@@ -25,30 +27,32 @@ class Variational(Generator):
 
     def __init__(self, model: ModelConfig, attention: VariationalAttention, max_len: int, block: int) -> None:
         super().__init__()
-        self.config, self.block, self.last = attention, block, block == model.num_blocks - 1
+        self.config, self.block = attention, block
+        self.last = block == model.num_blocks - 1 or model.share_map
         self.latent = Latent(model.hidden_size, attention.latent_size)
-        self.decoder = Decoder(model, attention, attention.rank if attention.form == "factor" else max_len)
+        self.decoder = Decoder(model, attention, row_width(attention, max_len))
         self.logits = GeneratedLogits(model, attention, max_len)
         self.values = Values(model, attention.value_projection)
 
-    def forward(self, x_ND: Tensor, s_ND: Tensor | None, context: Context, sample: bool = False) -> Generated:
+    def forward(
+        self, x_ND: Tensor, s_ND: Tensor | None, context: Context, sample: bool = False, last: bool = False
+    ) -> Generated:
         assert s_ND is not None, "generated attention needs the encoder states S"
-        layout = context.layout
-        entries = Entries.of(self.config.form, self.config.rank, layout)
-        c_ND = condition(s_ND, self.config.condition, layout)
-        posterior = self.latent(c_ND)
-        latents = self._latents(posterior, context, sample)
-        rows = [self.decoder(z_NZ, c_ND, x_ND, entries) for z_NZ in latents]
-        maps, statistics = self.logits(rows, x_ND, s_ND, layout)
-        kl_NZ = posterior.kl_NZ()
-        loss = free_bits(kl_NZ, self.config.free_bits, context) if self.training else kl_NZ.new_zeros(())
-        return Generated(maps, self.values(x_ND), loss, {**statistics, "kl_Z": kl_NZ.detach().sum(0)})
+        rows = Rows.of(context, last)
+        entries = Entries.of(self.config.form, self.config.rank, rows)
+        c_MD = condition(s_ND, self.config.condition, rows)
+        posterior, given_MC = self.latent(c_MD), self.decoder.given(c_MD, rows.take(x_ND))
+        samples = [self.decoder(z_MZ, given_MC, entries) for z_MZ in self._latents(posterior, rows, sample)]
+        maps, statistics = self.logits(samples, x_ND, s_ND, rows)
+        kl_MZ = posterior.kl_MZ()
+        loss = free_bits(kl_MZ, self.config.free_bits, context) if self.training else kl_MZ.new_zeros(())
+        return Generated(maps, self.values(x_ND), loss, {**statistics, "kl_Z": kl_MZ.detach().sum(0)}, last)
 
-    def _latents(self, posterior: Posterior, context: Context, sample: bool) -> list[Tensor]:
+    def _latents(self, posterior: Posterior, rows: Rows, sample: bool) -> list[Tensor]:
         inference = "sample" if self.training or sample else self.config.inference
         if inference == "mean" or (inference == "mc" and not self.last):
-            return [posterior.mu_NZ]
-        noise = context.noise_for("sampling the latent of V-GenAtt")
+            return [posterior.mu_MZ]
+        noise = rows.noise("sampling the latent of V-GenAtt")
         draws = self.config.mc_samples if inference == "mc" else 1
         keys = [noise.token(Purpose.LATENT, self.block, draw) for draw in range(draws)]
-        return [posterior.sample(normal(key_N, self.config.latent_size)) for key_N in keys]
+        return [posterior.sample(normal(key_M, self.config.latent_size)) for key_M in keys]

@@ -47,8 +47,8 @@ def encode(
     backbone: Backbone, rows_ND: Tensor, histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The state that predicts each user's next item: [B, D] in float32."""
-    output = backbone(rows_ND.to(next(backbone.parameters()).dtype), _context(histories, config, total))
-    return output.states_ND[histories.layout.last_B].float()
+    context = _context(histories, config, total)
+    return backbone.last_states(rows_ND.to(next(backbone.parameters()).dtype), context).float()
 
 
 @torch.no_grad()

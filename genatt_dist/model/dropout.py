@@ -6,8 +6,11 @@ Legend: N real tokens, D any width.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from genatt_dist.attention.noise import Purpose, keep_mask
 from genatt_dist.model.context import Context
@@ -22,8 +25,30 @@ class Site(IntEnum):
 
 
 def dropout(x_ND: Tensor, p: float, key_N: Tensor) -> Tensor:
-    """Zero each entry with probability p and scale the others by 1/(1 − p): [N, D] → [N, D]."""
-    return x_ND * keep_mask(key_N, x_ND.shape[-1], p) / (1 - p)
+    """Zero each entry with probability p < 1 and scale the others by 1/(1 − p): [N, D] → [N, D]."""
+    dropped_ND: Tensor = _Drop.apply(x_ND, keep_mask(key_N, x_ND.shape[-1], p), p)
+    return dropped_ND
+
+
+class _Drop(torch.autograd.Function):
+    """x · keep / (1 − p). One byte an entry waits for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, keep_ND: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(keep_ND)
+        ctx.p = p
+        return _scaled(x_ND, keep_ND, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (keep_ND,) = ctx.saved_tensors
+        return _scaled(grad_outputs[0], keep_ND, ctx.p), None, None
+
+
+def _scaled(x_ND: Tensor, keep_ND: Tensor, p: float) -> Tensor:
+    # Bytes turn into floats in a vector loop, booleans do not; and a product of two types is converted entry by entry.
+    return keep_ND.view(torch.uint8).to(x_ND.dtype).mul_(x_ND).div_(1 - p)
 
 
 class Dropout(nn.Module):

@@ -184,8 +184,8 @@ def training_noise(batch: Batch, seed: int, draw: int, config: RunConfig) -> Noi
 
 def _train_samples(config: RunConfig) -> int:
     """K of the bound −log 1/K Σ_k p(y | z_k); 1 but for V-GenAtt that asks for more."""
-    attention = config.model.attention
-    return attention.train_samples if isinstance(attention, VariationalAttention) else 1
+    generative = config.model.generative
+    return generative.train_samples if isinstance(generative, VariationalAttention) else 1
 
 
 def _repeated(layout: Jagged, times: int) -> Jagged:

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from genatt_dist.attention.decoder import Latent, Posterior, free_bits, rms
+from genatt_dist.attention.base import Rows
+from genatt_dist.attention.decoder import Decoder, Latent, Posterior, free_bits
 from genatt_dist.attention.entries import Entries, FromEntries, ToEntries
+from genatt_dist.config import ModelConfig, VariationalAttention
 
 
 def test_kl_is_that_of_two_gaussians():
     mu, log_var = torch.randn(7, 3), torch.randn(7, 3)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(0.0, 1.0))
-    torch.testing.assert_close(Posterior(mu, log_var).kl_NZ(), expected)
+    torch.testing.assert_close(Posterior(mu, log_var).kl_MZ(), expected)
 
 
 def test_samples_have_the_posteriors_mean_and_variance():
@@ -23,7 +26,7 @@ def test_samples_have_the_posteriors_mean_and_variance():
 
 def test_log_variance_is_clipped():
     latent = Latent(4, 2)
-    log_var = latent(100 * torch.randn(50, 4)).log_var_NZ
+    log_var = latent(100 * torch.randn(50, 4)).log_var_MZ
     assert log_var.min() == -8
     assert log_var.max() == 4
 
@@ -42,11 +45,11 @@ def test_free_bits_value_and_gradient(floor, make_context):
 
 
 def test_rms_is_over_valid_entries(make_context):
-    layout = make_context(3, 1, width=5).layout
+    every = Rows.of(make_context(3, 1, width=5), last=False)
     for form, sizes in (("matrix", [1, 2, 3, 1]), ("factor", [4] * 4)):
-        entries = Entries.of(form, 4, layout)
+        entries = Entries.of(form, 4, every)
         x = entries.mask(torch.randn(4, 2, entries.width))
-        y = rms(x, entries)
+        y = entries.rms(x)
         for i, size in enumerate(sizes):
             head = x[i, :, :size]
             expected = head / (head.square().mean(-1, keepdim=True) + 1e-2).sqrt()
@@ -58,7 +61,7 @@ def test_noise_of_an_entry_does_not_depend_on_the_width(make_context):
     draws = []
     for width in (3, 6):
         context = make_context(3, 1, width=width)
-        entries = Entries.of("matrix", 4, context.layout)
+        entries = Entries.of("matrix", 4, Rows.of(context, last=False))
         draws.append(entries.normal(context.noise.token_N, 2, like=torch.empty(0)))
     assert torch.equal(draws[0], draws[1][..., :3])
     assert (draws[1][..., 3:] == 0).all()
@@ -71,4 +74,21 @@ def test_linear_maps_use_the_first_entries_of_each_head():
     torch.testing.assert_close(to(x, 2), to(x, 5)[..., :2])
     y = torch.randn(6, 2, 5)
     y[..., 2:] = 0
-    torch.testing.assert_close(back(y[..., :2]), back(y))
+    given = torch.randn(6, 4)
+    torch.testing.assert_close(back(y[..., :2], given), given + back(y, torch.zeros(6, 4)))
+
+
+@pytest.mark.parametrize("decoder_input", ["latent", "states", "states_items"])
+def test_the_decoder_is_one_mlp_of_z_and_c(decoder_input, make_context):
+    """Splitting W[z; c] into W_z z + W_c c changes nothing."""
+    config = VariationalAttention(rank=4, latent_size=3, generator_size=6, decoder_input=decoder_input)
+    decoder = Decoder(ModelConfig(hidden_size=5, attention=config), config, 4)
+    first = decoder.w_c or decoder.w_z
+    torch.nn.init.normal_(first.bias)
+    z, s, x = torch.randn(7, 3), torch.randn(7, 5), torch.randn(7, 5)
+    c = {"latent": (), "states": (s,), "states_items": (s, x)}[decoder_input]
+    weight = torch.cat((decoder.w_z.weight, *((decoder.w_c.weight,) if c else ())), dim=1)
+    hidden = F.gelu(F.linear(torch.cat((z, *c), dim=-1), weight, first.bias))
+    expected = F.linear(hidden, decoder.output.weight[0], decoder.output.bias[0])[:, None]
+    entries = Entries.of("factor", 4, Rows.of(make_context(3, 4), last=False))
+    torch.testing.assert_close(decoder(z, decoder.given(s, x), entries), expected)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_noise import ks
 
+from genatt_dist.attention.base import Rows
 from genatt_dist.attention.denoiser import MOMENTUM, ResidualScale
-from genatt_dist.attention.diffusion import Diffusion, _Rows
+from genatt_dist.attention.diffusion import Diffusion
 from genatt_dist.attention.entries import Entries
 from genatt_dist.attention.noise import NoiseKey, Purpose
 from genatt_dist.config import DiffusionAttention, ModelConfig
@@ -26,7 +27,7 @@ def inputs(tokens):
 
 def rows_of(generated):
     logits = generated.samples[0]
-    return logits.logits_NHK if hasattr(logits, "logits_NHK") else logits.query_NHR * 2  # √r/κ = 2
+    return logits.query_MHR * 2 if logits.offset_MHK is None else logits.offset_MHK  # √r/κ = 2
 
 
 class Spy:
@@ -104,9 +105,8 @@ def test_one_sampling_step_is_the_conditional_mean(make_context):
     spy = Spy(module)
     x, s = inputs(9)
     got = rows_of(module(x, s, context))
-    entries = Entries.of("factor", 4, context.layout)
-    posterior = module.latent(s)
-    m = module._clean(posterior.mu_NZ, _Rows(posterior, s, x, entries))
+    entries = Entries.of("factor", 4, Rows.of(context, last=False))
+    m = entries.rms(module.decoder(module.latent(s).mu_MZ, module.decoder.given(s, x), entries))
     torch.testing.assert_close(got, m + 2.0 * spy.outputs[0])
     many = generator(sampling_steps=T, relative_bias=False)
     many.load_state_dict(module.state_dict())
@@ -170,7 +170,7 @@ def test_the_loss_is_the_weighted_error_over_valid_entries(make_context):
     module = generator("matrix", heads=1, latent_weight=0.0, literal=True).train()
     spy = Spy(module)
     loss = module(*inputs(11), context).loss
-    entries = Entries.of("matrix", 4, context.layout)
+    entries = Entries.of("matrix", 4, Rows.of(context, last=False))
     eps = entries.normal(context.noise.token(Purpose.DIFFUSION, 0), 1, like=loss)
     t = module._draw_t(context.noise)[context.layout.row_N]
     a = module.times.alpha_bar_T.double()[t]
@@ -195,7 +195,7 @@ def test_literal_diffuses_the_clean_row_itself(make_context):
 
 def test_residual_scale_is_the_running_rms_and_is_used_before_it_is_updated(make_context):
     context = make_context(4, 6)
-    scale, entries = ResidualScale(), Entries.of("matrix", 4, context.layout)
+    scale, entries = ResidualScale(), Entries.of("matrix", 4, Rows.of(context, last=False))
     assert scale() == 1
     squares = []
     for factor in (2.0, 5.0):

@@ -34,7 +34,7 @@ def test_inclusion_of_dot_product_attention(heads, make_context):
     got, expected = generator(x, s, context), dot(x, None, context)
     maps = [attention_map(generated, context.layout) for generated in (got, expected)]
     torch.testing.assert_close(*maps, atol=1e-6, rtol=0)
-    outputs = [attend(generated, generated.value_NHE, context.layout) for generated in (got, expected)]
+    outputs = [attend(generated, context.layout) for generated in (got, expected)]
     torch.testing.assert_close(*outputs, atol=1e-6, rtol=0)
 
 
@@ -66,9 +66,9 @@ def test_kappa_is_applied_after_the_query_projection(make_context):
     config = VariationalAttention(rank=4, latent_size=3, query_projection=True)
     generator, context = Variational(model_of(config, heads=2), config, 5, 0).eval(), make_context(5, 3)
     x, s = torch.randn(2, 8, 8)
-    before = generator(x, s, context).samples[0].query_NHR
+    before = generator(x, s, context).samples[0].query_MHR
     generator.logits.kappa.data = torch.tensor([2.0, 3.0])
-    after = generator(x, s, context).samples[0].query_NHR
+    after = generator(x, s, context).samples[0].query_MHR
     torch.testing.assert_close(after, before * torch.tensor([2.0, 3.0])[:, None])
 
 

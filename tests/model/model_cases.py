@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor
 
 from genatt_dist.attention.noise import NoiseKey
-from genatt_dist.config import DiffusionAttention, DotProductAttention, ModelConfig, VariationalAttention
+from genatt_dist.attention.options import (
+    DeterministicAttention,
+    DiffusionAttention,
+    DotProductAttention,
+    HybridAttention,
+    NoisyDotProductAttention,
+    PositionalAttention,
+    RecurrentAttention,
+    VariationalAttention,
+)
+from genatt_dist.config import ModelConfig
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context, identity
 from genatt_dist.model.jagged import Jagged
@@ -18,7 +29,8 @@ MAX_LEN = 8
 WIDTH = 16
 LENGTHS = (5, 1, 8, 3)
 
-_SMALL = {"rank": 4, "latent_size": 6, "generator_size": 12, "free_bits": 0.09}
+_DECODED = {"rank": 4, "latent_size": 6, "generator_size": 12}
+_SMALL = {**_DECODED, "free_bits": 0.09}
 ATTENTIONS = {
     "dot_product": DotProductAttention(),
     "variational-factor": VariationalAttention(**_SMALL, inference="sample", query_projection=True),
@@ -30,14 +42,35 @@ ATTENTIONS = {
     "diffusion-matrix": DiffusionAttention(**_SMALL, form="matrix", diffusion_steps=6, sampling_steps=6, eta=1.0),
     "diffusion-unrolled": DiffusionAttention(**_SMALL, diffusion_steps=4, train_sampler="unrolled", schedule="cosine"),
     "diffusion-literal": DiffusionAttention(**_SMALL, form="matrix", diffusion_steps=4, literal=True, eta=1.0),
+    "noisy_dot_product": NoisyDotProductAttention(noise=0.7, inference="sample"),
+    "positional": PositionalAttention(),
+    "positional-projected": PositionalAttention(value_projection=True),
+    "gru": RecurrentAttention(),
+    "deterministic-factor": DeterministicAttention(**_DECODED, query_projection=True),
+    "deterministic-matrix": DeterministicAttention(**_DECODED, form="matrix", decoder_input="states_items"),
+    "hybrid-variational": HybridAttention(generator=VariationalAttention(**_SMALL, inference="sample")),
+    "hybrid-mc": HybridAttention(generator=VariationalAttention(**_SMALL, inference="mc", mc_samples=3)),
+    "hybrid-matrix": HybridAttention(
+        generator=DiffusionAttention(**_SMALL, form="matrix", diffusion_steps=4, sampling_steps=2)
+    ),
+    "hybrid-diffusion": HybridAttention(generator=DiffusionAttention(**_SMALL, diffusion_steps=4, sampling_steps=2)),
 }
-GENERATED = [name for name in ATTENTIONS if name != "dot_product"]
+GENERATIVE = [name for name in ATTENTIONS if re.match("variational|diffusion|hybrid", name)]
+RANDOM = [*GENERATIVE, "noisy_dot_product"]
 
 
-def backbone(name: str, heads: int = 1, blocks: int = 2, dropout: float = 0.3, **changes: object) -> Backbone:
+def backbone(
+    name: str, heads: int = 1, blocks: int = 2, dropout: float = 0.3, share_map: bool = False, **changes: object
+) -> Backbone:
     """A small backbone with weights that depend on nothing but its shape; `changes` are fields of its attention."""
-    attention = ATTENTIONS[name].model_copy(update=changes)
-    model = ModelConfig(hidden_size=WIDTH, num_heads=heads, num_blocks=blocks, dropout=dropout, attention=attention)
+    model = ModelConfig(
+        hidden_size=WIDTH,
+        num_heads=heads,
+        num_blocks=blocks,
+        dropout=dropout,
+        attention=ATTENTIONS[name].model_copy(update=changes),
+        share_map=share_map,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         result = Backbone(model, MAX_LEN)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from model_cases import ATTENTIONS, GENERATED, LENGTHS, Parts, backbone, context, rows
+from model_cases import ATTENTIONS, GENERATIVE, LENGTHS, RANDOM, Parts, backbone, context, rows
 
 from genatt_dist.attention import noise
 from genatt_dist.attention.attend import attention_map
@@ -133,12 +133,13 @@ def test_no_two_draws_share_a_key(name, monkeypatch):
     model = backbone(name, heads=2)
     model.train()(torch.cat(rows()), context())
     # One draw is meant to be shared: how a sequence is ranked, by both blocks.
-    shared = len(LENGTHS) if name.startswith("diffusion") else 0
+    diffuses = name.startswith("diffusion") or name in ("hybrid-matrix", "hybrid-diffusion")
+    shared = len(LENGTHS) if diffuses else 0
     drawn = torch.cat(keys)
     assert drawn.unique().numel() == drawn.numel() - shared
     keys.clear()
     model.eval()(torch.cat(rows()), context())
-    assert bool(keys) == (name in GENERATED)
+    assert bool(keys) == (name in RANDOM)
     drawn = torch.cat([torch.empty(0, dtype=torch.long), *keys])
     assert drawn.unique().numel() == drawn.numel()
 
@@ -170,7 +171,8 @@ def test_every_parameter_learns(name):
 def test_parameters_are_used_only_inside_their_modules_forward(name, training):
     """Partitioned parameters exist only while the forward of the module that owns them runs."""
     model = backbone(name).train(training)
-    expected = copy.deepcopy(model)(torch.cat(rows()), context())
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(torch.cat(rows()), context())
 
     def hide(module, *_):
         for parameter in module.parameters(recurse=False):
@@ -194,12 +196,43 @@ def test_parameters_are_used_only_inside_their_modules_forward(name, training):
 @every_attention
 def test_rows_of_a_map_sum_to_one_over_the_past(name):
     model, one = backbone(name, heads=2).eval(), context()
-    for generated in model(torch.cat(rows()), one).maps:
+    for generated in model(torch.cat(rows()), one).maps if name != "gru" else ():
         a = attention_map(generated, one.layout)
         assert a.shape == (4, 2, 8, 8)
         assert (a.triu(1) == 0).all()
         real = one.layout.pad(torch.ones(sum(LENGTHS)))[:, None].expand(-1, 2, -1)
         torch.testing.assert_close(a.sum(-1), real)
+
+
+@every_attention
+@every_shape
+@pytest.mark.parametrize("shared", [False, True])
+def test_last_states_are_those_of_the_last_tokens(name, heads, blocks, shared):
+    if shared and name == "gru":
+        pytest.skip("the GRU control has no map to share")
+    model, one = warmed(backbone(name, heads, blocks, share_map=shared), rows()).eval(), context()
+    expected = model(torch.cat(rows()), one).states_ND[one.layout.last_B]
+    torch.testing.assert_close(model.last_states(torch.cat(rows()), one), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "gru"])
+def test_a_shared_map_is_made_once_and_used_with_values_of_each_block(name):
+    model, one = backbone(name, heads=2, share_map=True), context()
+    output = model.train()(torch.cat(rows()), one)
+    (output.states_ND.cumsum(-1).square().mean() + output.generative_loss).backward()
+    assert len(output.maps) == 1
+    assert model.blocks[1].attention is None
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    seen = []
+    model.blocks[1].values.register_forward_hook(lambda _, arguments, value: seen.append((*arguments, value)))
+    output = model.eval()(torch.cat(rows()), one)
+    ((x, value),) = seen
+    a = attention_map(output.maps[0], one.layout)
+    mixed = one.layout.unpad((a @ one.layout.pad(value).transpose(1, 2)).transpose(1, 2)).flatten(1)
+    block = model.blocks[1]
+    after = block.attention_norm(x + block.w_o(mixed))
+    after = block.feed_forward_norm(after + block.w_b(torch.nn.functional.gelu(block.w_a(after))))
+    torch.testing.assert_close(output.states_ND, after, atol=2e-6, rtol=0)
 
 
 def without_noise(one: Context) -> Context:
@@ -219,12 +252,12 @@ def test_missing_noise_is_named(name):
     model = backbone(name)
     with pytest.raises(ValueError, match=r"dropout in training mode draws random numbers, but context\.noise is None"):
         model.train()(torch.cat(rows()), without_noise(context()))
-    if name in GENERATED:
+    if name in RANDOM:
         with pytest.raises(ValueError, match=r"sampling .*context\.noise is None"):
             model.eval()(torch.cat(rows()), without_noise(context()))
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", GENERATIVE)
 def test_a_generative_loss_exists_in_training_only_and_is_the_mean_over_blocks(name):
     model = backbone(name)
     output = model.train()(torch.cat(rows()), context())
@@ -251,5 +284,5 @@ def test_condition_last_gives_every_row_the_last_state():
     after = model(torch.cat((x[:3], -x[3:])), one)
     assert (after.states_ND - before.states_ND)[1:3].abs().min() > 0
     states_ND = model.encoder(model.norm(x + model.position.weight[:4]), one.layout)
-    last = model.blocks[0].attention.latent(states_ND[3:]).kl_NZ()
+    last = model.blocks[0].attention.latent(states_ND[3:]).kl_MZ()
     torch.testing.assert_close(before.maps[0].statistics["kl_Z"], 4 * last[0])
