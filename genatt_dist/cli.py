@@ -19,6 +19,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+study = typer.Typer(help="Train and compare several models under one protocol.", no_args_is_help=True)
+app.add_typer(study, name="study")
+bench = typer.Typer(help="Measure what things cost on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 
@@ -117,8 +121,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Rank every user's target against the whole catalogue with the best checkpoint."""
-    if split not in ("valid", "test"):
-        raise GenattError(f"--split {split} is unknown: use valid or test")
+    _check_split(split)
     from genatt_dist import runs
 
     runs.read_config(run)
@@ -133,7 +136,7 @@ def evaluate(
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report["metrics"].items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.1e}")
     Console().print(table)
 
 
@@ -169,6 +172,120 @@ def recommend(
     Console().print(
         f"{out}: {table.height:,} rows for {len(requests.user_ids):,} users", highlight=False, soft_wrap=True
     )
+
+
+@app.command(
+    epilog=_examples(
+        "genatt compare runs/study/dot_product runs/study/variational",
+        "genatt compare runs/a runs/b runs/c --split valid --metric recall@10 --json",
+    )
+)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN …", help="Evaluated runs; the first is the reference.")
+    ],
+    split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    metric: Annotated[str, typer.Option(help="ndcg@k, recall@k or mrr.")] = "ndcg@10",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare evaluated runs user by user: paired bootstrap, with Holm's correction over the runs."""
+    _check_split(split)
+    from genatt_dist.evaluation.compare import compare_runs, print_comparison
+
+    report = compare_runs(runs, split, metric)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_comparison(report)
+
+
+@app.command(
+    epilog=_examples(
+        "genatt report runs/study/dot_product runs/study/variational --out runs/report",
+        "genatt report runs/beauty --out runs/report --steps benchmarks/results/steps.json",
+    )
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN …", help="Runs that were evaluated on test.")],
+    out: Annotated[Path, typer.Option(help="Directory of report.json and report.html.")],
+    steps: Annotated[
+        Path | None, typer.Option(help="JSON file of `genatt bench steps`: adds the cost of diffusion steps.")
+    ] = None,
+) -> None:
+    """Draw evaluated runs on one page: metrics, curves, failure signs, attention maps."""
+    from genatt_dist.evaluation.collect import collect
+    from genatt_dist.evaluation.report import print_table, write_report
+
+    content, named = collect(runs, steps)
+    try:
+        write_report(content, named, out)
+    except OSError as error:
+        raise GenattError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    print_table(content)
+    Console().print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@study.command(
+    epilog=_examples(
+        "genatt study quality --out runs/study --out-file benchmarks/results/quality_beauty.json",
+        "genatt study quality --out runs/short --arms dot_product,variational --jobs 2 training.epochs=4",
+    )
+)
+def quality(
+    out: Annotated[
+        Path, typer.Option(help="Directory of the arms' runs and of the results; go on by naming it again.")
+    ],
+    config: Annotated[Path, typer.Option(help="YAML file of the study.")] = Path("configs/study_quality.yaml"),
+    jobs: Annotated[int, typer.Option(help="Arms trained at one time; the cores are shared out.")] = 1,
+    arms: Annotated[str, typer.Option(help="Names with commas; default: all arms of the study.")] = "",
+    out_file: Annotated[Path | None, typer.Option(help="Where the results' JSON is copied.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of the study's base run.")
+    ] = None,
+) -> None:
+    """Train, evaluate and compare every arm of a study: a queue that may be stopped and started again."""
+    from genatt_dist.study.run import quality as run
+
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    run(config, out, names, overrides or [], jobs, out_file, _stderr())
+
+
+@bench.command(
+    "steps",
+    epilog=_examples(
+        "genatt bench steps --out benchmarks/results/steps_cpu.json",
+        "genatt bench steps --quick --select mode=training --select form=factor --out steps.json",
+    ),
+)
+def bench_steps(
+    out: Annotated[Path, typer.Option(help="JSON file to write; its figures go beside it as a PNG.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid of small batches.")] = False,
+    select: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=A,B", help="Rows to measure, e.g. max_len=50; repeatable.")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="T of training, with commas; default 1 to 200.")] = "",
+    sampling_steps: Annotated[str, typer.Option(help="S of serving, with commas; default 1 to 200.")] = "",
+    max_len: Annotated[str, typer.Option(help="n, with commas; default 50,100,200.")] = "",
+    training_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a batch at n=50, fewer at longer n; default 256.")
+    ] = None,
+    serving_batch: Annotated[
+        int | None, typer.Option(min=1, help="Users of a batch at n=50, fewer at longer n; default 1024.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=10, help="Items of the catalogue.")] = 12_101,
+    rounds: Annotated[int, typer.Option(min=5, help="Timings of a row.")] = 5,
+    variant_seconds: Annotated[float, typer.Option(min=0, help="Seconds the timings of one row may take.")] = 10.0,
+    memory_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="MIB", help="Memory a row may take; default: most that is free.")
+    ] = None,
+) -> None:
+    """Time, latency and memory of generated attention against its diffusion steps, beside dot product."""
+    from benchmarks.steps.run import run
+
+    extents = {"steps": steps, "sampling_steps": sampling_steps, "max_lens": max_len}
+    batches = {"training_batch": training_batch, "serving_batch": serving_batch}
+    careful = {"num_items": items, "rounds": rounds, "variant_seconds": variant_seconds, "memory_mb": memory_limit}
+    run(out, quick, select or [], extents, batches, careful, _stderr())
 
 
 @app.command(epilog=_examples("genatt quickstart", "genatt quickstart --data my_log.parquet --out runs/mine"))
@@ -223,6 +340,11 @@ def main() -> None:
     if code == _INTERRUPTED:
         _stderr().print("stopped", style="red")
     sys.exit(code)
+
+
+def _check_split(split: str) -> None:
+    if split not in ("valid", "test"):
+        raise GenattError(f"--split {split} is unknown: use valid or test")
 
 
 def _tell(message: str) -> int:

@@ -32,8 +32,26 @@ SURFACE = {
     "recommend": ["run", "--users", "--out", "--k"],
     "quickstart": ["--data", "--out", "--launcher", "overrides"],
     "doctor": ["--json"],
+    "compare": ["runs", "--split", "--metric", "--json"],
+    "report": ["runs", "--out", "--steps"],
+    "bench steps": [
+        "--out", "--quick", "--select", "--steps", "--sampling-steps", "--max-len", "--training-batch",
+        "--serving-batch", "--items", "--rounds", "--variant-seconds", "--memory-limit",
+    ],
+    "study quality": ["--out", "--config", "--jobs", "--arms", "--out-file", "overrides"],
 }  # fmt: skip
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def _commands(group: Any, before: str = "") -> dict[str, Any]:
+    """Every command by the words that name it, those of groups too."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        words = f"{before}{name}"
+        found |= _commands(command, f"{words} ") if hasattr(command, "commands") else {words: command}
+    return found
+
+
+COMMANDS: dict[str, Any] = _commands(typer.main.get_command(cli.app))
 every_verb = pytest.mark.parametrize("verb", SURFACE)
 
 Genatt = Callable[..., tuple[int, str, str]]
@@ -92,7 +110,7 @@ def test_verbs_and_options_are_frozen() -> None:
 
 @every_verb
 def test_help_ends_with_two_examples(verb: str, genatt: Genatt) -> None:
-    code, out, err = genatt(verb, "--help")
+    code, out, err = genatt(*verb.split(), "--help")
     assert (code, err) == (0, "")
     before, examples = out.split("Examples:")
     assert examples.count(f"$ genatt {verb}") == examples.count("$ ") == 2
@@ -104,8 +122,9 @@ def test_examples_are_commands_that_parse(verb: str) -> None:
     lines = [line.partition("$ ")[2] for line in COMMANDS[verb].epilog.splitlines() if "$ " in line]
     for line in lines:
         words = shlex.split(line.partition("   (")[0])
-        assert words[:2] == ["genatt", verb]
-        COMMANDS[verb].make_context(verb, words[2:])
+        named = len(verb.split())
+        assert words[: 1 + named] == ["genatt", *verb.split()]
+        COMMANDS[verb].make_context(verb, words[1 + named :])
 
 
 @every_verb

@@ -3,13 +3,19 @@
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from genatt_dist.evaluation import report_data
+from genatt_dist.evaluation.plots import Plot
 from genatt_dist.evaluation.report import metrics_table, print_table, write_report
+from genatt_dist.evaluation.report_data import read_models
 
 METRICS = [f"{name}@{k}" for name in ("recall", "ndcg", "coverage") for k in (5, 10, 20)] + ["mrr"]
 SCORES = {"popularity": 0.02, "dot_product": 0.05, "variational": 0.055, "diffusion": 0.06}
@@ -41,10 +47,14 @@ class Page(HTMLParser):
         in_code = self.open and self.open[-1] in ("script", "style")
         (self.scripts if in_code else self.text).append(data)
 
+    def constant(self, name: str) -> Any:
+        """What a constant of the page's script holds."""
+        data = next(text for text in self.scripts if text.startswith("const PLOTS = "))
+        return json.JSONDecoder().raw_decode(data, data.index(f"const {name} = ") + len(f"const {name} = "))[0]
+
     @property
     def plots(self) -> list:
-        data = next(text for text in self.scripts if text.startswith("const PLOTS = "))
-        return json.JSONDecoder().raw_decode(data.removeprefix("const PLOTS = "))[0]
+        return self.constant("PLOTS")
 
 
 def make_entry(name: str) -> dict:
@@ -88,11 +98,28 @@ def make_run(path: Path, name: str, epochs: int = 12, steps: int = 100) -> Path:
             if name != "dot_product":
                 line[f"total_variation/block{block}"] = 0.2 - 0.005 * epoch + 0.02 * block
                 line[f"kl_mean/block{block}"] = 0.05 + 0.4 / epoch + 0.1 * block
+                line[f"kl_per_dimension/block{block}"] = [0.01 * dimension for dimension in range(8)]
         lines.append(line)
+        if name == "variational" and epoch == 3:
+            lines.append({"kind": "warning", "step": 300, "sign": "determinism", "text": "determinism <in block 1>"})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "epo')
     environment = {"python": "3.11.7", "packages": {"torch": "2.13.0", "ray": "2.60.0"}, "gpus": [], "threads": 2}
     (path / "environment.json").write_text(json.dumps(environment | {"run": name}))
     return path
+
+
+def make_maps(run: Path, users: int = 2, size: int = 4, samples: int = 4) -> Path:
+    """A maps file as `genatt evaluate` leaves it; every weight is even."""
+    even = [round(1e4 / (row + 1)) for row in range(size) for _ in range(row + 1)]
+    one = {"block": 0, "head": 0, "entropy": 1.0, "total_variation": 0.1 if samples else None}
+    user = {
+        "older": 0, "item_ids": list(range(size)), "titles": ["<b>&"] * size, "target_id": 9, "target_title": "T",
+        "maps": [{**one, "mean": even, "samples": [even] * samples}],
+    }  # fmt: skip
+    content = {"split": "test", "step": 9, "unit": 1e-4, "num_samples": 32}
+    content["users"] = [{"user_id": number, **user} for number in range(users)]
+    (run / "maps-test.json").write_text(json.dumps(content))
+    return run
 
 
 @pytest.fixture
@@ -127,6 +154,7 @@ def test_every_plot_has_a_place_and_a_reading(complete: Page) -> None:
         text for text in complete.text if text.startswith(("Training loss", "Generative", "Validation", "Attention"))
     ]
     assert len(titles) == 4
+    assert "KL of each latent dimension" in complete.text
     assert complete.ids == [f"plot{index}" for index in range(len(complete.plots))]
     for traces, layout in complete.plots:
         assert traces
@@ -144,6 +172,80 @@ def test_popularity_is_a_dashed_level_among_validation_curves(complete: Page) ->
 def test_generative_loss_is_drawn_only_where_there_is_one(complete: Page) -> None:
     traces = next(t for t, layout in complete.plots if layout["yaxis"]["title"]["text"] == "generative loss")
     assert [trace["name"] for trace in traces] == ["variational", "diffusion"]
+
+
+def test_latent_dimensions_are_ordered_by_their_kl(complete: Page) -> None:
+    bars = next(t for t, layout in complete.plots if layout["xaxis"]["title"]["text"] == "latent dimension")
+    names = [f"{name}, block {block}" for name in ("variational", "diffusion") for block in range(2)]
+    assert [trace["name"] for trace in bars] == names
+    assert bars[0]["y"] == [0.01 * dimension for dimension in reversed(range(8))]
+
+
+def test_warnings_are_listed_with_their_model(complete: Page) -> None:
+    at = complete.text.index("determinism <in block 1>")
+    assert complete.text[at - 2 : at] == ["variational", "step 300"]
+
+
+def test_a_run_without_warnings_says_so(tmp_path: Path) -> None:
+    write_report(make_report("diffusion"), {"diffusion": make_run(tmp_path / "run", "diffusion")}, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert "No run showed a failure sign" in text
+
+
+def test_maps_are_shown_with_their_controls(tmp_path: Path) -> None:
+    runs = {name: make_maps(make_run(tmp_path / name, name), samples=4 * (name == "diffusion")) for name in SCORES}
+    write_report(make_report(*SCORES), runs, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert {"maps", "map-model", "map-user", "map-block", "map-facts"} <= set(page.ids)
+    shown = page.constant("MAPS")
+    assert [model["label"] for model in shown] == ["popularity", "dot product", "variational", "diffusion"]
+    assert [len(model["users"]) for model in shown] == [2] * 4
+    assert shown[3]["users"][1] == json.loads((runs["diffusion"] / "maps-test.json").read_text())["users"][1]
+    assert page.loads == []
+
+
+@pytest.mark.parametrize(
+    ("room", "models", "users"), [(24.5, 4, 6), (23.5, 4, 5), (4.5, 4, 1), (3.5, 3, 1), (0.5, 0, 0)]
+)
+def test_as_many_maps_are_shown_as_a_page_has_room_for(
+    room: float, models: int, users: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """room: in users, of which each model has six."""
+    runs = {}
+    for name in SCORES:
+        (tmp_path / name).mkdir()
+        runs[name] = make_maps(tmp_path / name, users=6)
+    user = json.loads((runs["diffusion"] / "maps-test.json").read_text())["users"][0]
+    monkeypatch.setattr(report_data, "MAPS_SIZE", room * len(json.dumps(user, separators=(",", ":"))))
+    shown = report_data.chosen_maps(report_data.read_models(make_report(*SCORES), runs))
+    assert [len(model["users"]) for model in shown] == [users] * models
+
+
+def test_a_run_whose_attention_has_no_map_shows_none(tmp_path: Path) -> None:
+    run = make_maps(make_run(tmp_path / "run", "diffusion"))
+    content = json.loads((run / "maps-test.json").read_text())
+    for user in content["users"]:
+        user["maps"] = []
+    (run / "maps-test.json").write_text(json.dumps(content))
+    write_report(make_report("diffusion"), {"diffusion": run}, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.constant("MAPS") is None
+    assert "maps" not in page.ids
+
+
+def test_rows_of_the_steps_benchmark_are_drawn_by_their_own_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("steps_plots")
+    module.steps_plots = lambda rows: [Plot(f"{len(rows)} rows", "read so", [{"y": [1]}], {}), Plot("none", "", [], {})]
+    monkeypatch.setitem(sys.modules, "genatt_dist.evaluation.steps_plots", module)
+    report = make_report("popularity") | {"steps": [{"mode": "training"}] * 3}
+    write_report(report, {}, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "3 rows" in page.text
+    assert "none" not in page.text
+    assert page.ids == [f"plot{index}" for index in range(len(page.plots))]
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == report["steps"]
 
 
 def test_long_logs_are_thinned(tmp_path: Path) -> None:
@@ -189,8 +291,6 @@ def test_models_at_several_seeds_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_best_of_a_column_is_marked() -> None:
-    from genatt_dist.evaluation.report_data import read_models
-
     header, rows = metrics_table(read_models(make_report(*SCORES), {}))
     assert header[:2] == ["model", "Recall@5"]
     assert header[-1] == "× popularity"

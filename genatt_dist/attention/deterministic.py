@@ -33,7 +33,7 @@ class Deterministic(Generator):
         assert s_ND is not None, "generated attention needs the encoder states S"
         rows = Rows.of(context, last)
         c_MD = condition(s_ND, self.config.condition, rows)
-        given = self.decoder.given(c_MD, rows.take(x_ND))
-        g_MHK = self.decoder(self.w_mu(c_MD), given, Entries.of(self.config.form, self.config.rank, rows))
+        entries = Entries.of(self.config.form, self.config.rank, rows)
+        g_MHK = self.decoder(self.w_mu(c_MD), c_MD, rows.take(x_ND), entries)
         maps, statistics = self.logits([g_MHK], x_ND, s_ND, rows)
         return Generated(maps, self.values(x_ND), context.num_tokens.new_zeros(()), statistics, last)

@@ -1,7 +1,8 @@
 """D-GenAtt: each row's map is denoised from Gaussian noise (MATH §5; all of it but the idea is [D]).
 
 Legend: B sequences, N real tokens, M rows that are made, D hidden width d, Z latent width d_z, G denoiser width d_h,
-C width of what the decoder is given, H heads, K entries of a generated row. g_0 is the clean row, m its mean,
+C rows that are diffused in a
+training step, F sinusoids, H heads, K entries of a generated row. g_0 is the clean row, m its mean,
 R_0 = (g_0 − m)/ς the residual that is diffused, R_t its noised form, R̂_0 the denoised one.
 """
 
@@ -32,7 +33,13 @@ class _Given:
     entries: Entries
     posterior: Posterior
     c_MD: Tensor
-    decoder_MC: Tensor | None
+    x_MD: Tensor
+
+    def at(self, index_C: Tensor, form: str, rank: int) -> _Given:
+        """The same of some of these rows, which are all of the tokens'."""
+        rows, posterior = Rows(self.rows.context, index_C), self.posterior
+        chosen = Posterior(rows.take(posterior.mu_MZ), rows.take(posterior.log_var_MZ))
+        return _Given(rows, Entries.of(form, rank, rows), chosen, rows.take(self.c_MD), rows.take(self.x_MD))
 
 
 class Diffusion(Generator):
@@ -61,65 +68,81 @@ class Diffusion(Generator):
         rows = Rows.of(context, last)
         c_MD = condition(s_ND, self.config.condition, rows)
         entries = Entries.of(self.config.form, self.config.rank, rows)
-        given = _Given(rows, entries, self.latent(c_MD), c_MD, self.decoder.given(c_MD, rows.take(x_ND)))
-        kl_MZ, scale = given.posterior.kl_MZ(), self._scale()
+        given = _Given(rows, entries, self.latent(c_MD), c_MD, rows.take(x_ND))
+        kl_Z, scale = given.posterior.kl_Z(), self._scale()
         if self.training:
             g_MHK, loss = self._train(given, scale)
-            loss = loss + self.config.latent_weight * free_bits(kl_MZ, self.config.free_bits, context)
+            loss = loss + self.config.latent_weight * free_bits(kl_Z, self.config.free_bits, context)
         else:
             sampled = self.samples or sample
             g_MHK = self._sample(given, scale) if sampled else self._clean(given.posterior.mu_MZ, given)
-            loss = kl_MZ.new_zeros(())
+            loss = kl_Z.new_zeros(())
         maps, statistics = self.logits([g_MHK], x_ND, s_ND, rows)
-        statistics |= {"kl_Z": kl_MZ.detach().sum(0), "residual_scale": scale}
+        statistics |= {"kl_Z": kl_Z.detach(), "residual_scale": scale}
         return Generated(maps, self.values(x_ND), loss, statistics, last)
 
     def _train(self, given: _Given, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The row each sequence is ranked by, and this part's share of E clip(SNR_t, 1, 5)·mean_valid (R̂_0 − R_0)².
 
-        The mean is over a row's valid entries, then over heads and tokens [D].
+        The mean is over a row's valid entries, then over heads and tokens [D]. A sequence is diffused with probability
+        δ and then weighs 1/δ: an unbiased L_gen that pays for the denoiser only where its map is used [D].
         """
-        noise, context, entries = given.rows.noise("training D-GenAtt"), given.rows.context, given.entries
-        row_N, scale_ = context.layout.row_N, scale.to(given.c_MD.dtype)
+        noise, context = given.rows.noise("training D-GenAtt"), given.rows.context
         eps_NZ = normal(noise.token(Purpose.LATENT, self.block, 0), self.config.latent_size)
-        g0_NHK, m_NHK = self._clean(given.posterior.sample(eps_NZ), given), self._mean(given)
+        g0_NHK = self._clean(given.posterior.sample(eps_NZ), given)
+
+        # The draw knows no block: all blocks of a sequence rank it the same way.
+        draw_B = uniform(noise.sequence(Purpose.MIXTURE, 0), 1).squeeze(-1)
+        index_C = self._diffused(draw_B, context)
+        given = given if index_C is None else given.at(index_C, self.config.form, self.config.rank)
+        row_C, entries, scale_ = given.rows.take(context.layout.row_N), given.entries, scale.to(g0_NHK.dtype)
         # Nothing but the denoiser and S learns from L_gen: a target that followed it could make itself easy.
-        residual_NHK = (g0_NHK - m_NHK).detach()
-        r0_NHK = residual_NHK / scale_
+        g0_CHK, m_CHK = given.rows.take(g0_NHK), self._mean(given)
+        residual_CHK = (g0_CHK - m_CHK).detach()
+        r0_CHK = residual_CHK / scale_
 
         t_B = self._draw_t(noise)
         alpha_bar_B = self.times.alpha_bar_T[t_B]
-        eps_NHK = entries.normal(noise.token(Purpose.DIFFUSION, self.block), self.heads, like=r0_NHK)
-        r_NHK = sampler.diffuse(r0_NHK, eps_NHK, alpha_bar_B[row_N, None, None])
-        tau_BG = self.denoiser.w_tau(self.times.tau_TF[t_B].to(r0_NHK.dtype))
-        denoised_NHK = self.denoiser(r_NHK, self.denoiser.w_s(given.c_MD) + tau_BG[row_N], entries)
+        key_C = given.rows.noise("training D-GenAtt").token(Purpose.DIFFUSION, self.block)
+        eps_CHK = entries.normal(key_C, self.heads, like=r0_CHK)
+        r_CHK = sampler.diffuse(r0_CHK, eps_CHK, alpha_bar_B[row_C, None, None])
+        tau_CF = self.times.tau_TF[t_B[row_C]].to(r0_CHK.dtype)
+        denoised_CHK = self.denoiser(self.denoiser.input(r_CHK, given.c_MD, tau_CF), entries)
 
-        weight_N11 = (alpha_bar_B / (1 - alpha_bar_B)).clamp(1, 5)[row_N, None, None] / entries.count_M11
-        error = (weight_N11 * widen(denoised_NHK - r0_NHK).square()).sum() / self.heads
-        loss = error / context.num_tokens
+        weight_B = (alpha_bar_B / (1 - alpha_bar_B)).clamp(1, 5) * (draw_B < self.config.share) / self.config.share
+        weight_C11 = weight_B[row_C, None, None] / (entries.count_M11 * self.heads)
+        loss = (weight_C11 * widen(denoised_CHK - r0_CHK).square()).sum() / context.num_tokens
         if not self.config.literal:
-            self.residual_scale.update(residual_NHK, entries, context)
+            self.residual_scale.update(residual_CHK, draw_B[row_C, None, None] < self.config.share, entries, context)
 
         if self.config.train_sampler == "unrolled":
-            ranked_NHK = self._sample(given, scale, steps=self.config.diffusion_steps)
+            ranked_CHK = self._sample(given, scale, steps=self.config.diffusion_steps)
         else:
-            ranked_NHK = m_NHK + scale_ * denoised_NHK
-        # The draw knows no block: all blocks of a sequence rank it the same way.
-        mixed_B1 = uniform(noise.sequence(Purpose.MIXTURE, 0), 1) < self.config.rec_mix
-        return torch.where(mixed_B1[row_N, :, None], ranked_NHK, g0_NHK), loss
+            ranked_CHK = m_CHK + scale_ * denoised_CHK
+        ranked_CHK = torch.where(draw_B[row_C, None, None] < self.config.rec_mix, ranked_CHK, g0_CHK)
+        return ranked_CHK if index_C is None else g0_NHK.index_copy(0, index_C, ranked_CHK), loss
+
+    def _diffused(self, draw_B: Tensor, context: Context) -> Tensor | None:
+        """Which tokens' rows are diffused; None: all, those of other sequences with weight 0.
+
+        How many depends on the draws, so a GPU would have to wait for it; there the denoiser is cheap.
+        """
+        if self.config.share == 1 or draw_B.is_cuda:
+            return None
+        return (draw_B < self.config.share)[context.layout.row_N].nonzero().squeeze(-1)
 
     def _sample(self, given: _Given, scale: Tensor, steps: int | None = None) -> Tensor:
         """g = m + ςR̂_0, with R̂_0 sampled by DDIM: [M, H, K]."""
         noise, num_steps = given.rows.noise("sampling D-GenAtt"), self.config.diffusion_steps
-        m_MHK, s_MG = self._mean(given), self.denoiser.w_s(given.c_MD)
-        tau_TG = self.denoiser.w_tau(self.times.tau_TF.to(s_MG.dtype))
+        m_MHK, s_MG = self._mean(given), self.denoiser.input(s_MD=given.c_MD)
+        tau_TG = self.denoiser.input(tau_MF=self.times.tau_TF.to(s_MG.dtype))
 
         def draw(t: int) -> Tensor:
             key_M = noise.token(Purpose.SAMPLER, self.block, t)
             return given.entries.normal(key_M, self.heads, like=m_MHK)
 
         def denoise(r_MHK: Tensor, t: int) -> Tensor:
-            clean_MHK: Tensor = self.denoiser(r_MHK, s_MG + tau_TG[t], given.entries)
+            clean_MHK: Tensor = self.denoiser(self.denoiser.input(r_MHK, onto=s_MG + tau_TG[t]), given.entries)
             return clean_MHK
 
         times = sampler.times(num_steps, steps or self.config.sampling_steps)
@@ -128,7 +151,7 @@ class Diffusion(Generator):
 
     def _clean(self, z_MZ: Tensor, given: _Given) -> Tensor:
         """rms(Dec(z)): [M, H, K]"""
-        return given.entries.rms(self.decoder(z_MZ, given.decoder_MC, given.entries))
+        return given.entries.rms(self.decoder(z_MZ, given.c_MD, given.x_MD, given.entries))
 
     def _mean(self, given: _Given) -> Tensor:
         """m = stopgrad(rms(Dec(μ))), 0 in `literal` mode."""

@@ -74,17 +74,3 @@ class ToEntries(nn.Module):
         heads, _, inputs = self.weight.shape
         weight, bias = self.weight[:, :width].reshape(-1, inputs), self.bias[:, :width].reshape(-1)
         return F.linear(x_MI, weight, bias).view(-1, heads, width)
-
-
-class FromEntries(nn.Module):
-    """Linear map without bias from the entries of every head, added to what is given: [M, H, K], [M, O] → [M, O], for
-    any K up to its own.
-    """
-
-    def __init__(self, heads: int, entries: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, heads, entries))
-        nn.init.xavier_uniform_(self.weight.data.view(outputs, heads * entries))
-
-    def forward(self, x_MHK: Tensor, given_MO: Tensor) -> Tensor:
-        return torch.addmm(given_MO, x_MHK.flatten(1), self.weight[..., : x_MHK.shape[-1]].flatten(1).T)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from genatt_dist.attention.base import Logits, Rows, linear, split_heads
 from genatt_dist.attention.options import DecodedAttention
@@ -28,7 +29,7 @@ class GeneratedLogits(nn.Module):
         d, self.heads, factor = model.hidden_size, model.num_heads, attention.form == "factor"
         self.kappa = nn.Parameter(torch.ones(self.heads))
         width = self.heads * attention.rank
-        self.w_v = linear(2 * d, width, bias=False) if factor else None
+        self.w_v = Keys(d, width) if factor else None
         self.w_q = linear(d, width, bias=False) if attention.query_projection else None
         self.bias = nn.Parameter(torch.zeros(self.heads, max_len)) if attention.relative_bias and factor else None
 
@@ -39,7 +40,7 @@ class GeneratedLogits(nn.Module):
         kappa_H1, statistics = self.kappa[:, None], {"kappa": self.kappa.detach().clone()}
         if self.w_v is None:
             return tuple(Logits(offset_MHK=kappa_H1 * g_MHK) for g_MHK in samples), statistics
-        key_NHR = split_heads(self.w_v(torch.cat((s_ND, x_ND), dim=-1)), self.heads)
+        key_NHR = split_heads(self.w_v(s_ND, x_ND), self.heads)
         # A copy: where parameters are partitioned, they exist only while this forward runs.
         bias_H1K = self.bias[:, None, : rows.context.layout.width].clone() if self.bias is not None else None
         scale_H1 = kappa_H1 / math.sqrt(key_NHR.shape[-1])
@@ -47,6 +48,18 @@ class GeneratedLogits(nn.Module):
             projected_MHR = split_heads(self.w_q(rows.take(x_ND)), self.heads)
             samples = [u_MHR + projected_MHR for u_MHR in samples]
         return tuple(Logits(scale_H1 * u_MHR, key_NHR, bias_H1K) for u_MHR in samples), statistics
+
+
+class Keys(nn.Module):
+    """V_j = W_v[S_j; X_j] without joining S and X: [N, D], [N, D] → [N, H·R]."""
+
+    def __init__(self, hidden_size: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, 2 * hidden_size)))
+
+    def forward(self, s_ND: Tensor, x_ND: Tensor) -> Tensor:
+        of_s, of_x = self.weight.chunk(2, dim=1)
+        return torch.addmm(F.linear(s_ND, of_s), x_ND, of_x.T)
 
 
 class Values(nn.Module):

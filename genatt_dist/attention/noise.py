@@ -77,9 +77,11 @@ def derive(key: int | Tensor, *words: int | Tensor) -> int | Tensor:
     """Fold words into a key, one after the other; the order matters. Tensors broadcast; ints stay ints."""
     for word in words:
         if isinstance(key, Tensor) or isinstance(word, Tensor):
-            left = key * _signed(_GOLDEN) if isinstance(key, Tensor) else _signed(key * _GOLDEN)
-            right = word * _signed(_MIX_2) if isinstance(word, Tensor) else _signed(word * _MIX_2)
-            mixed = left + right + _signed(_GOLDEN)
+            left = key * _signed(_GOLDEN) if isinstance(key, Tensor) else _signed(key * _GOLDEN + _GOLDEN)
+            right = word * _signed(_MIX_2) if isinstance(word, Tensor) else _signed(word * _MIX_2 + _GOLDEN)
+            mixed = left + right
+            if isinstance(key, Tensor) and isinstance(word, Tensor):
+                mixed += _signed(_GOLDEN)
             assert isinstance(mixed, Tensor)
             _mix_(mixed, torch.empty_like(mixed))
             key = mixed
@@ -93,11 +95,12 @@ def bits(key: Tensor, count: int) -> Tensor:
     counter = torch.arange(1, count + 1, device=key.device) * _signed(_GOLDEN)
     word = (key.unsqueeze(-1) + counter).contiguous()
     flat = word.view(-1)
-    block = _BLOCK * torch.get_num_threads() if word.device.type == "cpu" else max(1, len(flat))
+    block = _BLOCK * torch.get_num_threads() if word.device.type == "cpu" else len(flat)
     scratch = torch.empty_like(flat[:block])
-    for part in flat.split(block):
-        _mix_(part, scratch[: len(part)])
-        _mix_(part, scratch[: len(part)])
+    for part in flat.split(block) if len(flat) > block else (flat,):
+        part_scratch = scratch[: len(part)]
+        _mix_(part, part_scratch)
+        _mix_(part, part_scratch)
     return word
 
 

@@ -96,6 +96,13 @@ class DiffusionAttention(GeneratedAttention):
     schedule: Literal["linear", "cosine"] = "linear"
     train_sampler: Literal["one_step", "unrolled"] = "one_step"
     rec_mix: float = Field(0.5, ge=0, le=1, description="rho: share of sequences ranked through the denoised map.")
+    diffused_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of sequences that are diffused in a training step, weighted by its inverse; "
+        "default: 0.5, or rec_mix where that is more.",
+    )
     latent_weight: float = Field(
         0.5, ge=0, description="gamma_z: weight of the latent's KL inside the generative loss."
     )
@@ -113,8 +120,18 @@ class DiffusionAttention(GeneratedAttention):
                 f"sampling_steps={self.sampling_steps} is more than diffusion_steps={self.diffusion_steps}: "
                 f"set sampling_steps to at most {self.diffusion_steps}"
             )
+        if self.diffused_share is not None and self.diffused_share < self.rec_mix:
+            raise ValueError(
+                f"diffused_share={self.diffused_share} is less than rec_mix={self.rec_mix}: sequences ranked through "
+                f"the denoised map are among the diffused ones; set diffused_share to at least {self.rec_mix}"
+            )
         schedule.check(self.schedule, self.diffusion_steps)
         return self
+
+    @property
+    def share(self) -> float:
+        """Probability that a sequence is diffused in a training step."""
+        return self.diffused_share or max(0.5, self.rec_mix)
 
 
 class HybridAttention(Section):

@@ -1,7 +1,7 @@
 """V-GenAtt: each row's map is decoded from a Gaussian latent of the encoder state (MATH §4).
 
 Legend: N real tokens, M rows that are made, D hidden width d, Z latent width d_z, H heads,
-K entries of a generated row, C width of what the decoder is given.
+K entries of a generated row.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Variational(Generator):
         rows = Rows.of(context, last)
         entries = Entries.of(self.config.form, self.config.rank, rows)
         c_MD = condition(s_ND, self.config.condition, rows)
-        posterior, given_MC = self.latent(c_MD), self.decoder.given(c_MD, rows.take(x_ND))
-        samples = [self.decoder(z_MZ, given_MC, entries) for z_MZ in self._latents(posterior, rows, sample)]
+        posterior, x_MD = self.latent(c_MD), rows.take(x_ND)
+        samples = [self.decoder(z_MZ, c_MD, x_MD, entries) for z_MZ in self._latents(posterior, rows, sample)]
         maps, statistics = self.logits(samples, x_ND, s_ND, rows)
-        kl_MZ = posterior.kl_MZ()
-        loss = free_bits(kl_MZ, self.config.free_bits, context) if self.training else kl_MZ.new_zeros(())
-        return Generated(maps, self.values(x_ND), loss, {**statistics, "kl_Z": kl_MZ.detach().sum(0)}, last)
+        kl_Z = posterior.kl_Z()
+        loss = free_bits(kl_Z, self.config.free_bits, context) if self.training else kl_Z.new_zeros(())
+        return Generated(maps, self.values(x_ND), loss, {**statistics, "kl_Z": kl_Z.detach()}, last)
 
     def _latents(self, posterior: Posterior, rows: Rows, sample: bool) -> list[Tensor]:
         inference = "sample" if self.training or sample else self.config.inference

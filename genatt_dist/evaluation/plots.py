@@ -23,12 +23,24 @@ DIAGNOSTICS = {
         "Total variation between two maps of one history",
         "How far two samples of the generated map lie apart: near 0 the generator has become deterministic.",
     ),
+    "between_users": (
+        "Share of the maps' variance between users",
+        "1 is no noise, near 0 the map is the same noise for everybody; the rest lies between samples of one user.",
+    ),
     "kappa": ("Sharpness κ of the generated logits", "Rising means rows of the map get more peaked; mean over heads."),
     "residual_scale": ("Residual scale ς", "Size of what diffusion adds to the mean map; near 0 it adds nothing."),
+    "alpha": (
+        "Weight α of the dot product beside the generated map",
+        "Learned from 0; how much a hybrid leans on its deterministic part.",
+    ),
     "kl_mean": ("KL per latent dimension (nat)", "Near 0 the latent carries nothing: posterior collapse."),
     "active_units": (
         "Active latent units",
         "Latent dimensions that depend on the input; few means it is not used.",
+    ),
+    "alpha_bar_T": (
+        "Signal left at the end of diffusion, ᾱ_T",
+        "Fixed by the schedule; sampling starts from pure noise, so it must be near 0.",
     ),
 }
 
@@ -45,7 +57,8 @@ class Plot:
 
 def plots(models: Sequence[Model]) -> list[Plot]:
     """Every plot there are numbers for."""
-    return [plot for plot in (*_training(models), *_diagnostics(models), *_results(models)) if plot.traces]
+    drawn = (*_training(models), *_diagnostics(models), _dimensions(models), *_results(models))
+    return [plot for plot in drawn if plot.traces]
 
 
 def _training(models: Sequence[Model]) -> Iterable[Plot]:
@@ -95,6 +108,27 @@ def _diagnostics(models: Sequence[Model]) -> Iterable[Plot]:
                     name = f"{pretty(model.label)}, block {block}"
                     traces.append(_line(model, x, y, markers=True, dash=DASHES[block % len(DASHES)], name=name))
         yield Plot(title, reading, traces, _axes("epoch", "", zero=True))
+
+
+def _dimensions(models: Sequence[Model]) -> Plot:
+    """KL of every latent dimension, falling, at the epoch that is tested."""
+    traces = []
+    for model in models:
+        for key, kl in sorted(model.best.items()):
+            if re.fullmatch(r"kl_per_dimension/block\d+", key):
+                block = int(key.rpartition("block")[2])
+                traces.append(
+                    {
+                        "type": "bar",
+                        "name": f"{pretty(model.label)}, block {block}",
+                        "y": sorted(kl, reverse=True),
+                        "marker": {"color": model.colour, "opacity": 1 / (1 + 0.6 * block)},
+                        "hovertemplate": "%{y:.4f} nat",
+                    }
+                )
+    reading = "At the epoch that is tested, dimensions ordered by their KL: a steep fall means that few carry the map."
+    layout = {"barmode": "group", **_axes("latent dimension", "nat", zero=True)}
+    return Plot("KL of each latent dimension", reading, traces, layout)
 
 
 def _results(models: Sequence[Model]) -> Iterable[Plot]:
@@ -151,7 +185,7 @@ def _line(
         "y": list(y),
         "line": {"color": model.colour, "width": 2, "dash": dash},
         "marker": {"size": 5},
-        "hovertemplate": "%{y:.4f}",
+        "hovertemplate": "%{y:.4g}",
     }
 
 

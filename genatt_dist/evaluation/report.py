@@ -16,11 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from genatt_dist.evaluation.plots import plots
+from genatt_dist.evaluation.page import SCRIPT, STYLE
+from genatt_dist.evaluation.plots import Plot, plots
 from genatt_dist.evaluation.report_data import (
     BASELINE,
     HEADLINE,
     Model,
+    chosen_maps,
     finite,
     metric_order,
     number,
@@ -34,7 +36,8 @@ RATIO = f"× {BASELINE}"
 def write_report(report: dict[str, Any], runs: Mapping[str, Path], out: Path) -> None:
     """Write out/report.json (the report) and out/report.html (the page).
 
-    runs: model name → run directory; metrics.jsonl and environment.json in it are used where they are there.
+    runs: model name → run directory; metrics.jsonl, environment.json and maps-test.json in it are used where they are
+    there. report["steps"], where it is there, holds rows of `genatt bench steps`.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -82,27 +85,27 @@ def render(report: Mapping[str, Any], models: Sequence[Model]) -> str:
     """The whole page as one string, plotly's script included."""
     from plotly.offline import get_plotlyjs  # 4 MB of script: read only when a page is written
 
-    figures = plots(models)
-    sections = [_metrics_section(report, models)]
-    if figures:
-        cells = "".join(
-            f'<figure><h3>{escape(plot.title)}</h3><div class="plot" id="plot{index}"></div>'
-            f"<figcaption>{escape(plot.reading)}</figcaption></figure>"
-            for index, plot in enumerate(figures)
-        )
-        sections.append(f'<section><h2>Plots</h2><div class="grid">{cells}</div></section>')
-    else:
-        sections.append("<section><h2>Plots</h2><p>No run wrote metrics to draw.</p></section>")
-    sections += [_training_section(models), _environment_section(models)]
-    # "<" is escaped so that no text in the data can end the script element.
-    data = json.dumps(_without_nan([[plot.traces, plot.layout] for plot in figures])).replace("<", "\\u003c")
-    script = f"<script>{get_plotlyjs()}</script><script>const PLOTS = {data};{_SCRIPT}</script>" if figures else ""
+    figures, steps, maps = plots(models), _steps(report), chosen_maps(models)
+    sections = [
+        _metrics_section(report, models),
+        _warnings_section(models),
+        _plots_section("Plots", figures, 0) or "<section><h2>Plots</h2><p>No run wrote metrics to draw.</p></section>",
+        _maps_section(models, maps),
+        _plots_section("Cost of diffusion steps", steps, len(figures)),
+        _training_section(models),
+        _environment_section(models),
+    ]
+    figures += steps
+    data = (
+        f"const PLOTS = {_json([[plot.traces, plot.layout] for plot in figures])};const MAPS = {_json(maps or None)};"
+    )
+    script = f"<script>{get_plotlyjs()}</script><script>{data}{SCRIPT}</script>" if figures or maps else ""
     title = f"genatt-dist: {report.get('dataset', {}).get('name', 'report')}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
         f"{_header(report, models)}{''.join(sections)}</main>{script}</body></html>\n"
     )
 
@@ -140,6 +143,61 @@ def _metrics_section(report: Mapping[str, Any], models: Sequence[Model]) -> str:
             "differences of that size are noise unless a paired test or more seeds say otherwise."
         )
     return f'<section><h2>Test metrics</h2>{_table(header, rows)}<p class="muted">{escape(note)}</p></section>'
+
+
+def _warnings_section(models: Sequence[Model]) -> str:
+    """The failure signs that the trainer told of each model."""
+    told = [(model, line) for model in models for line in model.log.get("warning", [])]
+    if not told:
+        diagnosed = any(model.log.get("valid") for model in models)
+        text = "No run showed a failure sign: none was told while they trained."
+        return f'<section><h2>Warnings</h2><p class="muted">{text}</p></section>' if diagnosed else ""
+    rows = "".join(
+        f"<tr><th>{escape(pretty(model.label))}</th><td>step {number(line.get('step'))}</td>"
+        f"<td>{escape(str(line.get('text', line.get('sign', ''))))}</td></tr>"
+        for model, line in told
+    )
+    return (
+        '<section><h2>Warnings</h2><div class="scroll"><table class="warning"><tbody>'
+        f"{rows}</tbody></table></div></section>"
+    )
+
+
+def _plots_section(title: str, figures: Sequence[Plot], first: int) -> str:
+    """first: number of the first figure on the page."""
+    cells = "".join(
+        f'<figure><h3>{escape(plot.title)}</h3><div class="plot" id="plot{index}"></div>'
+        f"<figcaption>{escape(plot.reading)}</figcaption></figure>"
+        for index, plot in enumerate(figures, start=first)
+    )
+    return f'<section><h2>{escape(title)}</h2><div class="grid">{cells}</div></section>' if figures else ""
+
+
+def _steps(report: Mapping[str, Any]) -> list[Plot]:
+    """What `genatt bench steps` measured, where the report holds it."""
+    if not report.get("steps"):
+        return []
+    from genatt_dist.evaluation.steps_plots import steps_plots
+
+    return [plot for plot in steps_plots(report["steps"]) if plot.traces]
+
+
+def _maps_section(models: Sequence[Model], maps: Sequence[Mapping[str, Any]]) -> str:
+    if not maps:
+        return ""
+    controls = "".join(
+        f'<label>{name} <select id="map-{name.lower()}"></select></label>' for name in ("Model", "User", "Block")
+    )
+    left_out = sum(1 for model in models if model.maps) - len(maps)
+    note = (
+        "Row i, from the top, is the map after the i-th item of the history; its columns are the items up to it, "
+        "oldest left. The colour is the weight relative to an even spread over them (1 × even); the last row is what "
+        "ranks the next item."
+    ) + (f" {left_out} more models have maps, left out to keep the page small." if left_out else "")
+    return (
+        f'<section><h2>Attention maps of some users</h2><p class="muted">{note}</p><figure><div class="controls">'
+        f'{controls}</div><p class="muted" id="map-facts"></p><div class="maps" id="maps"></div></figure></section>'
+    )
 
 
 def _training_section(models: Sequence[Model]) -> str:
@@ -188,6 +246,11 @@ def _summary_line(report: Mapping[str, Any]) -> str:
     return f"{dataset.get('name', 'unnamed data')}: {', '.join(counts)}" if counts else str(dataset.get("name", ""))
 
 
+def _json(value: Any) -> str:
+    """As a script's literal; "<" is escaped so that no text in the data can end the script element."""
+    return json.dumps(_without_nan(value), separators=(",", ":")).replace("<", "\\u003c")
+
+
 def _without_nan(value: Any) -> Any:
     """NaN and infinities as null: browsers refuse them in JSON."""
     if isinstance(value, list):
@@ -195,54 +258,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_STYLE = """
-:root { --back: #ffffff; --card: #f7f8fa; --text: #1c2128; --muted: #5d6672; --rule: #dde1e7; --accent: #2563b8; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --card: #1c2026; --text: #e4e7eb; --muted: #9aa3af; --rule: #30363f; --accent: #7db0f2; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); line-height: 1.5;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .7rem; }
-h3 { font-size: .95rem; margin: 0; }
-p { margin: .25rem 0; overflow-wrap: anywhere; }
-figcaption { margin-top: .4rem; }
-.muted, figcaption, summary { color: var(--muted); font-size: .88rem; }
-.lead { margin-top: .9rem; font-weight: 600; color: var(--accent); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin-bottom: .5rem; }
-th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-thead th { color: var(--muted); font-weight: 500; border-bottom-width: 2px; }
-tr > th:first-child { text-align: left; position: sticky; left: 0; background: var(--back); padding-left: 0; }
-tbody th { font-weight: 500; }
-td b { color: var(--accent); }
-.facts { margin-top: .5rem; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-figure { margin: 0; padding: 1rem; background: var(--card); border-radius: 8px; min-width: 0; }
-.plot { height: 350px; }
-"""
-
-# Colours follow the page's, also when the reader switches between light and dark while it is open.
-_SCRIPT = """
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function draw() {
-  const style = getComputedStyle(document.documentElement);
-  const colour = name => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: colour("--rule"), zerolinecolor: colour("--rule"), automargin: true };
-  PLOTS.forEach(([traces, layout], index) => Plotly.react("plot" + index, traces, {
-    showlegend: traces.length > 1, hovermode: "x unified", ...layout,
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    hoverlabel: { bgcolor: colour("--back"), bordercolor: colour("--rule") },
-    font: { color: colour("--muted"), size: 12, family: "system-ui, sans-serif" },
-    margin: { l: 8, r: 8, t: 12, b: 8 }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" },
-    xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
-  }, { displayModeBar: false, responsive: true }));
-}
-draw();
-dark.addEventListener("change", draw);
-"""

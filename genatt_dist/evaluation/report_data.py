@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,8 +15,19 @@ BASELINE = "popularity"
 HEADLINE = "ndcg@10"
 
 # One colour a model on every plot, readable on light and dark; models not named here take the spare ones in order.
-COLOURS = {BASELINE: "#8b929c", "dot_product": "#3f7fd0", "variational": "#d9822b", "diffusion": "#1f9d77"}
-SPARE_COLOURS = ("#9b59c9", "#c94f6d", "#7a8b2a", "#2a9fb0")
+COLOURS = {
+    BASELINE: "#8b929c",
+    "dot_product": "#3f7fd0",
+    "variational": "#d9822b",
+    "diffusion": "#1f9d77",
+    "hybrid": "#c94f6d",
+    "deterministic": "#9b59c9",
+    "positional": "#7a8b2a",
+    "gru": "#2a9fb0",
+    "noisy_dot_product": "#6f6fe0",
+}
+SPARE_COLOURS = ("#b0763c", "#d05fb0", "#4f8f4f", "#a8483a")
+MAPS_SIZE = 2_500_000  # characters of maps on a page: with plotly's 4.8 million it stays below 8
 
 
 @dataclass
@@ -30,6 +41,13 @@ class Model:
     train: Mapping[str, Any]
     log: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    maps: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The validation record with the best HEADLINE: the epoch that is tested."""
+        lines = [line for line in self.log.get("valid", []) if finite(line.get(HEADLINE))]
+        return max(lines, key=lambda line: line[HEADLINE], default={})
 
     def series(self, kind: str, x: str, y: str) -> tuple[list[float], list[float]]:
         """The finite values of y against x in the lines of one kind."""
@@ -57,9 +75,27 @@ def read_models(report: Mapping[str, Any], runs: Mapping[str, Path]) -> list[Mod
                 train=entry.get("train") or {},
                 log=_read_log(Path(run) / "metrics.jsonl") if run else {},
                 environment=_read_environment(Path(run) / "environment.json") if run else {},
+                maps=_read_maps(Path(run) / "maps-test.json") if run else {},
             )
         )
     return models
+
+
+def chosen_maps(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """The maps a page shows, a model each with its label and users: as many users as MAPS_SIZE has room for, and where
+    there is none for a user of each model, as many models.
+    """
+    shown = [model for model in models if model.maps]
+    sizes = [[len(json.dumps(user, separators=(",", ":"))) for user in model.maps["users"]] for model in shown]
+    most = max(map(len, sizes), default=0)
+    choices = [(len(shown), users) for users in range(most, 0, -1)] + [(kept, 1) for kept in range(len(shown), 0, -1)]
+    for kept, users in choices:
+        if sum(sum(size[:users]) for size in sizes[:kept]) <= MAPS_SIZE:
+            return [
+                {**model.maps, "label": pretty(model.label), "users": model.maps["users"][:users]}
+                for model in shown[:kept]
+            ]
+    return []
 
 
 def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -81,6 +117,16 @@ def _read_environment(path: Path) -> dict[str, str]:
         return dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, json.JSONDecodeError):
         return {}
+
+
+def _read_maps(path: Path) -> dict[str, Any]:
+    """What `genatt evaluate` kept of some users' maps; nothing where a run was evaluated without them."""
+    try:
+        maps = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    shown = isinstance(maps, dict) and maps.get("users") and maps["users"][0]["maps"]  # a GRU has none
+    return maps if shown else {}
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:

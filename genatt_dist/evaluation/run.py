@@ -12,39 +12,49 @@ import pyarrow.compute as pc
 
 from genatt_dist.config import RunConfig
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.evaluation.diagnose import diagnose
 from genatt_dist.evaluation.evaluate import Result, evaluate
+from genatt_dist.evaluation.maps import write_maps
 
 
 def evaluate_run(run: Path, split: str, progress: Callable[[int], None] = lambda users: None) -> dict[str, Any]:
     """Rank the targets of `split` with the run's best checkpoint.
 
-    Writes `evaluation-SPLIT.json` and each user's rank to `ranks-SPLIT.parquet` (what a paired comparison needs) into
-    the run.
+    Writes into the run: `evaluation-SPLIT.json`, each user's rank to `ranks-SPLIT.parquet` (what a paired comparison
+    needs), and the attention maps of a few users to `maps-SPLIT.json`.
     """
     from genatt_dist.serving.trained import load
 
     trained = load(run)
-    result = evaluate(
-        trained.backbone,
-        trained.table,
-        trained.sequences,
-        split,
-        trained.config,
-        trained.device,
-        progress=progress,
-        diagnose=True,
-    )
+    of = (trained.backbone, trained.table, trained.sequences, split, trained.config, trained.device)
+    result = evaluate(*of, progress=progress)
+    diagnosis = diagnose(*of)
     report = {
         "model": trained.config.model.attention.type,
         "split": split,
         "step": trained.step,
         "users": len(result.rank_U),
+        "dataset": dataset(trained.sequences),
         "protocol": protocol(trained.config, trained.sequences),
-        "metrics": result.metrics,
+        "metrics": result.metrics | diagnosis.values,
+        "vectors": diagnosis.vectors,
     }
+    write_maps(run / f"maps-{split}.json", trained, split)
     write_ranks(run / f"ranks-{split}.parquet", trained.sequences, result)
     (run / f"evaluation-{split}.json").write_text(json.dumps(report, indent=2))
     return report
+
+
+def dataset(sequences: Sequences) -> dict[str, Any]:
+    """Which data the numbers are of; the hash of its manifest tells two preparations apart."""
+    manifest = sequences.manifest
+    return {
+        "name": manifest.name,
+        "users": manifest.num_users,
+        "items": manifest.num_items,
+        "interactions": manifest.num_interactions,
+        "manifest_hash": sequences.manifest_hash,
+    }
 
 
 def protocol(config: RunConfig, sequences: Sequences) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statist
     And where the attention has them:
 
     total_variation: ½ Σ_j |a_ij − b_ij| between the maps of two samples, rows i ≥ 1.
-    between_users: share of a map's variance that lies between users (`_between_users`).
+    between_users: share of a map's variance that lies between users (`between_users`).
     kl_mean: a vector, KL of each latent dimension in nat. active_units: how many of them are above ACTIVE.
     kappa, alpha: vectors, one number a head. residual_scale: ς. alpha_bar_T: ᾱ_T of the schedule.
 
@@ -63,7 +63,7 @@ def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statist
         moved, counted = context.total(torch.stack(variation))
         if moved > ROUNDING * counted or "kl_Z" in one.statistics:
             block["total_variation"] = variation
-            block["between_users"] = _between_users(a_BHnn, b_BHnn, context, backbone.max_len)
+            block["between_users"] = between_users(a_BHnn, b_BHnn, context, backbone.max_len)
         result |= {f"{name}/block{index}": pair for name, pair in block.items()}
     return result
 
@@ -111,7 +111,7 @@ def _variation(a_BHnn: Tensor, b_BHnn: Tensor, layout: Jagged) -> tuple[Tensor, 
     return _pair(total_variation(a_BHnn, b_BHnn, layout))
 
 
-def _between_users(a_BHnn: Tensor, b_BHnn: Tensor, context: Context, max_len: int) -> tuple[Tensor, Tensor]:
+def between_users(a_BHnn: Tensor, b_BHnn: Tensor, context: Context, max_len: int) -> tuple[Tensor, Tensor]:
     """The share of Var A_ij that lies between users, 1 − W/T, pooled over heads and places (i ≥ 1, j ≤ i); in [0, 1].
 
     T is the variance of A_ij over users, W that between samples of one user: with n_i users that reach row i, the

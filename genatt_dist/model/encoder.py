@@ -5,18 +5,32 @@ Legend: B sequences, n width of the batch, N real tokens, D hidden width d.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from genatt_dist.model.jagged import Jagged
+from genatt_dist.model.recurrence import gru
 
 
-class Encoder(nn.Module):
-    """S = GRU(X⁰). Padding lies to the right, so it never reaches a real token's state."""
+class Encoder(nn.GRU):
+    """S = GRU(X⁰). Padding lies to the right, so it never reaches a real token's state; on a CPU there is none."""
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.gru = nn.GRU(hidden_size, hidden_size, batch_first=True)
+        super().__init__(hidden_size, hidden_size, batch_first=True)
 
-    def forward(self, x_ND: Tensor, layout: Jagged) -> Tensor:
-        s_BnD, _ = self.gru(layout.pad(x_ND))
-        return layout.unpad(s_BnD)
+    def forward(self, x_ND: Tensor, layout: Jagged) -> Tensor:  # type: ignore[override]
+        if x_ND.is_cuda:  # ordering asks the device for the lengths and waits; cuDNN is fast enough to pad
+            s_BnD, _ = super().forward(layout.pad(x_ND))
+            return layout.unpad(s_BnD)
+        place_N, active_n = _by_position(layout)
+        ordered_ND = torch.zeros_like(x_ND).index_copy(0, place_N, x_ND)
+        weights = (self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
+        return gru(ordered_ND, *weights, active_n.tolist()).index_select(0, place_N)
+
+
+def _by_position(layout: Jagged) -> tuple[Tensor, Tensor]:
+    """Where each token stands when tokens are ordered by position, longest sequences first; how many reach each."""
+    active_n = torch.bincount(layout.position_N)
+    first_n = active_n.cumsum(0) - active_n
+    rank_B = layout.lengths_B.argsort(descending=True, stable=True).argsort()
+    return first_n[layout.position_N] + rank_B[layout.row_N], active_n

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -24,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.errors import GenattError
+from genatt_dist.training.warnings import FailureSign
 
 
 class Telemetry:
@@ -34,8 +38,9 @@ class Telemetry:
         self._active = active
         if not active:
             return
-        _forget_after(run / "metrics.jsonl", first_step)
-        self._file = (run / "metrics.jsonl").open("a", buffering=1)
+        self._path = run / "metrics.jsonl"
+        _forget_after(self._path, first_step)
+        self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._mlflow = _mlflow(run)
         self._console = Console(stderr=True)
@@ -71,35 +76,66 @@ class Telemetry:
             fields = {} if status is None else {"status": status}
             self._progress.update(self._task, completed=step, **fields)  # type: ignore[arg-type]
 
-    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point of each curve."""
+    def records(self) -> list[dict[str, Any]]:
+        """What is in metrics.jsonl: of a resumed run, all up to its checkpoint. Empty where nothing is written."""
+        return _read(self._path) if self._active else []
+
+    def record(
+        self, kind: str, step: int, values: dict[str, float], vectors: Mapping[str, list[float]] | None = None
+    ) -> None:
+        """One line of metrics.jsonl, one point of each curve, and of each vector a list there and a histogram here."""
         if not self._active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._write(kind, step, {**values, **(vectors or {})})
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        for name, vector in (vectors or {}).items():
+            finite = [value for value in vector if math.isfinite(value)]  # TensorBoard refuses a bin of the others
+            if finite:
+                self._board.add_histogram(f"{kind}/{name}", np.array(finite), step)
         if self._mlflow:
             names = {name.replace("@", "_at_"): value for name, value in values.items()}  # MLflow refuses the sign
             self._mlflow.log_metrics({f"{kind}/{name}": value for name, value in names.items()}, step=step)
 
-    def say(self, text: str) -> None:
+    def warn(self, step: int, sign: FailureSign) -> None:
+        """A failure sign: above the bar, as a line of kind `warning`, and as a text on the board."""
+        if not self._active:
+            return
+        facts = {"sign": sign.name, "block": sign.block, "value": sign.value, "threshold": sign.threshold}
+        self._write("warning", step, facts | {"text": sign.text})
+        self._board.add_text("warnings", sign.text, step)
+        self.say(f"warning: {sign.text}", style="yellow")
+        if self._mlflow:
+            self._mlflow.set_tag(f"warning.{sign.name}", f"step {step}: {sign.text}")
+
+    def say(self, text: str, style: str | None = None) -> None:
         """One line above the bar."""
         if self._active:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def _write(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **facts}) + "\n")
 
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop the records of later steps (and lines that a crash cut off): the resumed run makes them again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip("\n") + "\n")
+    kept = [json.dumps(record) + "\n" for record in _read(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a log."""
+    records = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
 
 
 def _mlflow(run: Path) -> Any:

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
-from genatt_dist.config import DotProductAttention, RunConfig
+from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import ItemTable
+from genatt_dist.evaluation.diagnose import diagnose
 from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
 from genatt_dist.loss.objective import Candidature
 from genatt_dist.training import checkpoint
@@ -30,6 +31,7 @@ from genatt_dist.training.engine import Engine, init_process_group, select_devic
 from genatt_dist.training.schedule import gamma_factor, rate_factor
 from genatt_dist.training.step import DenseModel, JointStep, Losses
 from genatt_dist.training.telemetry import Telemetry, write_environment
+from genatt_dist.training.warnings import FailureSigns
 
 SELECTION = "ndcg@10"
 _LOG_STEPS = 10
@@ -110,6 +112,7 @@ class Trainer:
         ) as self._telemetry:
             if self._rank == 0:
                 write_environment(self._run, self._device)
+            self._signs = FailureSigns(self._config, self._total_steps, self._telemetry.records())
             self._started = time.perf_counter() - self._progress.seconds
             # An epoch that was begun is ended, as it would have been without the stop.
             while self._progress.epoch < self._config.training.epochs and (
@@ -120,7 +123,7 @@ class Trainer:
                 self._progress.seconds = time.perf_counter() - self._started
                 last = self._progress.epoch == self._config.training.epochs or self._finished()
                 if last or self._progress.epoch % self._config.training.evaluate_every == 0:
-                    self._validate()
+                    self._validate(last)
                     self._save()
         return self._summarise()
 
@@ -174,10 +177,10 @@ class Trainer:
 
     def update(self, batches: list[Batch], rate: float) -> Losses:
         """One update of table and dense parameters at `rate` of their peak learning rates."""
-        attention, step = self._config.model.attention, self._progress.step
+        generative, step = self._config.model.generative, self._progress.step
         gamma = 0.0
-        if not isinstance(attention, DotProductAttention):
-            gamma = attention.gamma * gamma_factor(attention.gamma_warmup, step, self._total_steps)
+        if generative is not None:
+            gamma = generative.gamma * gamma_factor(generative.gamma_warmup, step, self._total_steps)
         if self._sharded:
             self._sharded.set_learning_rate(self._config.table_learning_rate * rate)
         self._engine.set_learning_rate(self._config.training.learning_rate * rate)
@@ -209,31 +212,30 @@ class Trainer:
             f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s",
         )
 
-    def _validate(self) -> None:
+    def _validate(self, last: bool) -> None:
+        """Rank the validation targets, look at the maps, and tell both. last: training ends after this."""
         self._engine.train(False)
+        parts = Parts(self._rank, self._world_size, sum_over_ranks)
         with self._engine.gathered():
-            result: Result = evaluate(
-                self._dense.backbone,
-                self._table,
-                self._sequences,
-                "valid",
-                self._config,
-                self._device,
-                Parts(self._rank, self._world_size, sum_over_ranks),
-                diagnose=True,
-            )
+            of = (self._dense.backbone, self._table, self._sequences, "valid", self._config, self._device, parts)
+            result: Result = evaluate(*of)
+            diagnosis = diagnose(*of)
         progress, metric = self._progress, result.metrics[SELECTION]
+        metrics = result.metrics | diagnosis.values
         improved = metric > progress.best_metric
         if improved:
-            progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, result.metrics
+            progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, metrics
         progress.stale = 0 if improved else progress.stale + 1
-        self._telemetry.record("valid", progress.step, {"epoch": progress.epoch, **result.metrics})
+        self._telemetry.record("valid", progress.step, {"epoch": progress.epoch, **metrics}, diagnosis.vectors)
         self._telemetry.say(
             f"{self._config.model.attention.type}: epoch {progress.epoch}/{self._config.training.epochs}  "
             f"valid {SELECTION} {metric:.4f}  recall@10 "
             f"{result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
             f"[{progress.seconds:.0f} s, {progress.sequences / progress.step_seconds:,.0f} sequences/s]"
         )
+        record = {"epoch": progress.epoch, "step": progress.step, **metrics, **diagnosis.vectors}
+        for sign in self._signs.look(record, last):
+            self._telemetry.warn(progress.step, sign)
 
     def _save(self) -> None:
         """Write a checkpoint: every rank its rows, rank 0 the rest. Collective."""

@@ -15,7 +15,8 @@ D, T = 8, 5
 
 
 def generator(form="factor", heads=2, **changes):
-    fields = {"rank": 4, "latent_size": 3, "generator_size": 12, "diffusion_steps": T, "sampling_steps": T} | changes
+    fields = {"rank": 4, "latent_size": 3, "generator_size": 12, "diffusion_steps": T, "sampling_steps": T}
+    fields |= {"diffused_share": 1.0} | changes
     config = DiffusionAttention(form=form, **fields)
     return Diffusion(ModelConfig(hidden_size=D, num_heads=heads, num_blocks=1, attention=config), config, 6, 0)
 
@@ -35,10 +36,14 @@ class Spy:
 
     def __init__(self, module):
         self.inputs, self.outputs = [], []
-        module.denoiser.register_forward_hook(self)
+        module.denoiser.input.register_forward_hook(self.entering, with_kwargs=True)
+        module.denoiser.register_forward_hook(self.leaving)
 
-    def __call__(self, _, arguments, output):
-        self.inputs.append(arguments[0].detach())
+    def entering(self, _, arguments, named, output):
+        if arguments:  # else it makes the part that does not change from step to step
+            self.inputs.append(arguments[0].detach())
+
+    def leaving(self, _, arguments, output):
         self.outputs.append(output)
         if output.requires_grad:
             output.retain_grad()
@@ -106,7 +111,7 @@ def test_one_sampling_step_is_the_conditional_mean(make_context):
     x, s = inputs(9)
     got = rows_of(module(x, s, context))
     entries = Entries.of("factor", 4, Rows.of(context, last=False))
-    m = entries.rms(module.decoder(module.latent(s).mu_MZ, module.decoder.given(s, x), entries))
+    m = entries.rms(module.decoder(module.latent(s).mu_MZ, s, x, entries))
     torch.testing.assert_close(got, m + 2.0 * spy.outputs[0])
     many = generator(sampling_steps=T, relative_bias=False)
     many.load_state_dict(module.state_dict())
@@ -151,6 +156,61 @@ def test_rec_mix_is_drawn_for_whole_sequences(make_context):
     from_denoised = (g == g1).all(1)
     assert torch.equal(from_denoised, ~(g == g0).all(1))
     assert abs(from_denoised.float().mean() - 0.3) < 0.07
+
+
+def test_the_share_that_is_diffused_is_an_unbiased_estimate(make_context, monkeypatch):
+    """Weight 1/δ for a share δ: over many draws the loss and its gradients are those of diffusing everything."""
+    whole, some = generator(rec_mix=0.0), generator(rec_mix=0.0, diffused_share=0.4)
+    some.load_state_dict(whole.state_dict())
+    x, s = inputs(4000)
+    losses, gradients = [], []
+    for module in (whole, some):
+        module.train()
+        loss = module(x, s, make_context(*[4] * 1000)).loss
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, module.denoiser.w_2.weight)[0].flatten())
+    assert losses[1] != losses[0]
+    assert abs(losses[1] / losses[0] - 1) < 0.06
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("form", ["factor", "matrix"])
+@pytest.mark.parametrize(("rec_mix", "share"), [(0.0, 0.4), (0.3, 0.7), (0.5, 0.5)])
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_choosing_rows_and_weighting_them_by_zero_are_the_same(
+    form, rec_mix, share, unrolled, make_context, monkeypatch
+):
+    """A CPU computes the diffused rows alone, a GPU all of them: the same map, loss, gradients and ς."""
+    context, results = make_context(4, 6, 1, 3, 2, 5, 6), []
+    sampler = "unrolled" if unrolled else "one_step"
+    x, s = inputs(27)
+    chosen = generator(form, rec_mix=rec_mix, diffused_share=share, train_sampler=sampler).double()
+    weighted = generator(form, rec_mix=rec_mix, diffused_share=share, train_sampler=sampler).double()
+    weighted.load_state_dict(chosen.state_dict())
+    monkeypatch.setattr(weighted, "_diffused", lambda draw_B, context: None)
+    spies = Spy(chosen), Spy(weighted)
+    for module in (chosen, weighted):
+        generated = module.train()(x.double(), s.double(), context)
+        (generated.loss + rows_of(generated).cumsum(-1).square().sum()).backward()
+        results.append([generated.loss, rows_of(generated), module.residual_scale()])
+        results[-1] += [p.grad for p in module.parameters() if p.grad is not None]
+    assert 0 < len(spies[0].inputs[0]) < len(spies[1].inputs[0])
+    assert len(results[0]) == len(results[1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)  # normals are drawn in float32
+
+
+def test_a_batch_without_a_diffused_sequence_trains(make_context):
+    module = generator(rec_mix=0.0, diffused_share=1e-6).train()
+    generated = module(*inputs(9), make_context(4, 5))
+    (generated.loss + rows_of(generated).square().sum()).backward()
+    assert module.residual_scale() == 1
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_a_share_below_rec_mix_is_refused():
+    with pytest.raises(ValueError, match=r"diffused_share=0\.2 is less than rec_mix=0\.5"):
+        generator(diffused_share=0.2)
 
 
 def test_unrolled_training_backpropagates_through_all_steps(make_context):
@@ -200,7 +260,7 @@ def test_residual_scale_is_the_running_rms_and_is_used_before_it_is_updated(make
     squares = []
     for factor in (2.0, 5.0):
         residual = entries.mask(factor * torch.randn(10, 2, 6))
-        scale.update(residual, entries, context)
+        scale.update(residual, torch.ones(10, 1, 1, dtype=torch.bool), entries, context)
         valid = torch.arange(6) <= context.layout.position_N[:, None]
         squares.append(residual.transpose(1, 2)[valid].square().mean())
     expected = MOMENTUM * squares[0] + (1 - MOMENTUM) * squares[1]

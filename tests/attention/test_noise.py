@@ -30,7 +30,7 @@ def assert_within(score):
 
 
 def correlation(left, right):
-    """Standard scores of the correlations of columns: √n times, as the entries are independent. [n, p], [n, q] → [p, q]"""
+    """Standard scores of the correlations of columns, √n times each: [n, p], [n, q] → [p, q]"""
     left, right = ((x.double() - x.double().mean(0)) / x.double().std(0) for x in (left, right))
     return (left.T @ right / len(left) ** 0.5).abs()
 

@@ -31,10 +31,7 @@ def test_dropout_and_its_gradient_are_those_of_the_formula(p, dtype):
     (y, slope), (expected_y, expected_slope) = results
     assert y.dtype == slope.dtype == dtype
     assert torch.equal(y, expected_y)
-    if dtype == torch.float32:
-        assert torch.equal(slope, expected_slope)
-    else:  # the formula divides before it masks
-        torch.testing.assert_close(slope, expected_slope)
+    assert torch.equal(slope, expected_slope)
     assert torch.equal(x, before)
 
 

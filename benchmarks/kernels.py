@@ -1,0 +1,290 @@
+"""Fused and compiled code against the plain one.
+
+    python -m benchmarks.kernels denoise --out FILE.json     the kernel against the plain sampler, on a CUDA device
+    python -m benchmarks.kernels resources --out FILE.json   what the compiler makes of the kernel; needs no GPU
+    python -m benchmarks.kernels compile --out FILE.json     torch.compile of the backbone against eager, on the CPU
+
+`denoise` times by CUDA events and `compile` by the clock, both in turns within one process. The figure to quote is the
+median ratio of the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from data_pipeline.errors import GenattError
+from genatt_dist.attention import kernels, sampler
+from genatt_dist.attention.base import Rows
+from genatt_dist.attention.denoiser import Denoiser, Times
+from genatt_dist.attention.entries import Entries, row_width
+from genatt_dist.attention.noise import NoiseKey, Purpose, derive
+from genatt_dist.attention.options import DiffusionAttention
+from genatt_dist.config import ModelConfig
+from genatt_dist.model.backbone import Backbone
+from genatt_dist.model.context import Context
+from genatt_dist.model.jagged import Jagged
+
+MAX_LEN, HIDDEN, GENERATOR, POOLS = 50, 64, 128, 4
+BUILDS = {80: "A100", 90: "H100"}
+ENTRIES = (16, 32, 64, 128)  # K' of rank 16 with 1, 2 and 4 heads; 64 and 128 are also 50 offsets of 1 and 2 heads
+
+
+def context_of(lengths: list[int], device: str = "cpu", step: int = 0) -> Context:
+    """A batch of sequences of these lengths."""
+    lengths_B = torch.tensor(lengths, device=device)
+    layout = Jagged.of(lengths_B, max(lengths), sum(lengths))
+    windows_B = torch.arange(len(lengths), device=device)
+    return Context.whole(layout, NoiseKey.make(0, step, windows_B, layout.row_N, layout.position_N))
+
+
+# --- the denoising kernel ---------------------------------------------------------------------------------------------
+
+
+def denoise(repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of the plain sampler and of the kernel, for M rows and S steps."""
+    if not torch.cuda.is_available():
+        raise GenattError(
+            "benchmarks.kernels denoise needs a CUDA device and torch sees none: run it on a machine that has one; "
+            "`resources` and `compile` run without"
+        )
+    rows: list[dict[str, Any]] = []
+    for form, dtype, sequences, steps in product(
+        ("factor", "matrix"), (torch.float32, torch.bfloat16), (1, 16, 256, 2048), (1, 4, 10, 50)
+    ):
+        row = {"form": form, "dtype": str(dtype).removeprefix("torch."), "rows": sequences * MAX_LEN, "steps": steps}
+        with torch.no_grad():
+            plain, fused, why = _samplers(form, dtype, sequences, steps)
+            if why is not None:
+                rows.append(row | {"status": why})
+                continue
+            for _ in range(3):  # compiles, and fills caches
+                plain(), fused()
+            turns = [(_milliseconds(plain), _milliseconds(fused)) for _ in range(repeats)]
+            times = [statistics.median(times) for times in zip(*turns, strict=True)]
+        ratio = statistics.median(before / after for before, after in turns)
+        rows.append(row | {"status": "ok", "plain_ms": times[0], "kernel_ms": times[1], "speedup": ratio})
+    return rows
+
+
+def _samplers(
+    form: str, dtype: torch.dtype, sequences: int, steps: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor | None], str | None]:
+    """The plain sampler and the kernel on the same rows, and why the latter cannot be had (None: it can)."""
+    model = ModelConfig.model_validate(
+        {"hidden_size": HIDDEN, "attention": {"type": "diffusion", "form": form, "generator_size": GENERATOR}}
+    )
+    attention = model.attention
+    assert isinstance(attention, DiffusionAttention)
+    rows = Rows.of(context_of([MAX_LEN] * sequences, "cuda"), last=False)
+    denoiser = Denoiser(model, attention, row_width(attention, MAX_LEN)).to("cuda", dtype)
+    entries, noise = Entries.of(form, attention.rank, rows), rows.noise("a benchmark")
+    alpha_bar = Times(attention.schedule, attention.diffusion_steps).alpha_bar
+    given_MG = torch.randn(sequences * MAX_LEN, GENERATOR, device="cuda", dtype=dtype)
+    tau_TG = torch.randn(attention.diffusion_steps + 1, GENERATOR, device="cuda", dtype=dtype)
+    times, eta = sampler.times(attention.diffusion_steps, steps), 1.0
+    words = [int(derive(int(Purpose.SAMPLER), 0, t)) for t in times]
+
+    def draw(t: int) -> Tensor:
+        return entries.normal(noise.token(Purpose.SAMPLER, 0, t), model.num_heads, like=given_MG)
+
+    def clean(r_MHK: Tensor, t: int) -> Tensor:
+        clean_MHK: Tensor = denoiser(denoiser.input(r_MHK, onto=given_MG + tau_TG[t]), entries)
+        return clean_MHK
+
+    def plain() -> Tensor:
+        return sampler.sample(clean, draw, alpha_bar, times, eta)
+
+    def fused() -> Tensor | None:
+        return kernels.sample_rows(denoiser, given_MG, tau_TG, entries, noise.token_N, words, alpha_bar, times, eta)
+
+    why = kernels.unsupported(given_MG.device, dtype, GENERATOR, model.num_heads * entries.width)
+    return plain, fused, why
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+# --- what the compiler makes of it ------------------------------------------------------------------------------------
+
+
+def compiled(plan: kernels.Plan, capability: int) -> Any:
+    """The kernel compiled for a GPU that need not be there (`capability`: 80 for 8.0)."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from genatt_dist.attention.kernels.denoising import sample_kernel
+
+    value = "*bf16" if plan.dtype is torch.bfloat16 else "*fp32"
+    values = dict.fromkeys(("out", "given", "tau", "w_g", "w_2", "b_2", "w_3", "b_3"), value)
+    tables = {"token": "*i64", "count": "*i64", "time": "*i32", "word": "*i64", "coefficient": "*fp32"}
+    sizes = dict.fromkeys(("num_rows", "num_steps", "generator", "heads", "width", "max_width"), "i32")
+    constants = {
+        "ROWS": kernels.ROWS,
+        "GENERATOR": plan.generator,
+        "ENTRIES": plan.entries,
+        "PRECISION": plan.precision,
+    }
+    signature = values | tables | sizes | dict.fromkeys(constants, "constexpr")
+    # As at a launch: torch aligns what it allocates to 16 bytes, and d_h is a multiple of 16.
+    aligned = [*range(len(values | tables)), list(signature).index("generator")]
+    source = ASTSource(
+        sample_kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    options = {"num_warps": kernels.WARPS, "num_stages": 1}
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources() -> list[dict[str, Any]]:
+    """Shared memory (bytes a program), registers and spilt bytes (a thread) of every plan."""
+    rows = []
+    for capability, (dtype, precision), entries in product(
+        BUILDS, ((torch.float32, "bf16x6"), (torch.float32, "tf32"), (torch.bfloat16, "tf32")), ENTRIES
+    ):
+        plan = kernels.Plan(dtype, GENERATOR, entries, precision)
+        kernel = compiled(plan, capability)
+        registers, stack = _registers(kernel.asm["cubin"])
+        rows.append(
+            {
+                "capability": capability,
+                "like": BUILDS[capability],
+                "dtype": str(dtype).removeprefix("torch."),
+                "precision": precision if dtype is torch.float32 else "bf16",
+                "entries": entries,
+                "shared_bytes": kernel.metadata.shared,
+                "shared_bytes_planned": plan.shared_bytes,
+                "registers": registers,
+                "spilt_bytes": stack,
+            }
+        )
+    return rows
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread, from cubin by the tool in Triton's wheel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([str(tool), "--dump-resource-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+# --- torch.compile on the CPU -----------------------------------------------------------------------------------------
+
+
+def compile_(repeats: int) -> list[dict[str, Any]]:
+    """Forward and backward of the backbone (rows to the sum of states and generative loss), eager and compiled."""
+    return [
+        _compile_row(attention, lengths, repeats)
+        for attention, lengths in product(("diffusion", "dot_product"), ("all 50", "Beauty-like"))
+    ]
+
+
+def _compile_row(attention: str, lengths: str, repeats: int) -> dict[str, Any]:
+    """One model and one law of lengths; a batch's width is its length pool's."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    backbone = Backbone(
+        ModelConfig.model_validate({"hidden_size": HIDDEN, "dropout": 0.5, "attention": {"type": attention}}), MAX_LEN
+    )
+    batches = [context_of(_lengths(lengths, pool), step=pool) for pool in range(POOLS)]
+    rows = [torch.randn(len(context.layout.row_N), HIDDEN) for context in batches]
+    run = {"eager": backbone, "compiled": torch.compile(backbone, dynamic=True)}
+
+    def step(kind: str, pool: int) -> float:
+        backbone.zero_grad()
+        started = time.perf_counter()
+        output = run[kind](rows[pool], batches[pool])
+        (output.states_ND.square().mean() + output.generative_loss).backward()
+        return time.perf_counter() - started
+
+    first, graphs = [], []
+    for pool in range(POOLS):  # whatever the first call of a pool takes beyond the second was compiling
+        once = step("compiled", pool)
+        first.append(once - step("compiled", pool))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        step("eager", pool)
+    turns = [
+        tuple(sum(step(kind, pool) for pool in range(POOLS)) for kind in ("eager", "compiled")) for _ in range(repeats)
+    ]
+    return {
+        "attention": attention,
+        "lengths": lengths,
+        "tokens": [len(part) for part in rows],
+        "widths": [context.layout.width for context in batches],
+        "eager_ms": 1000 * statistics.median(eager for eager, _ in turns) / POOLS,
+        "compiled_ms": 1000 * statistics.median(compiled for _, compiled in turns) / POOLS,
+        "speedup": statistics.median(eager / compiled for eager, compiled in turns),
+        "compile_seconds": first,
+        "graphs_after_each_pool": graphs,
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+    }
+
+
+def _lengths(law: str, pool: int) -> list[int]:
+    """256 sequences: all of 50, or short ones (mean about 7) sorted into pools of like lengths as batches are."""
+    if law == "all 50":
+        return [MAX_LEN] * 256
+    longest = (6, 9, 16, 30)[pool]
+    return [3 + (7 * index) % (longest - 2) for index in range(256)]
+
+
+def main() -> None:
+    """Run one of the comparisons and write its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("denoise", "resources", "compile"))
+    parser.add_argument("--repeats", type=int, default=9, help="turns that count")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    try:
+        run = {"denoise": denoise, "compile": compile_, "resources": lambda repeats: resources()}[arguments.what]
+        rows = run(arguments.repeats)
+    except GenattError as error:
+        raise SystemExit(f"error: {error}") from None
+    result = {
+        "command": f"python -m benchmarks.kernels {arguments.what} --repeats {arguments.repeats}",
+        "device": torch.cuda.get_device_name() if arguments.what == "denoise" else "none",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
+        "rows": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    for row in rows:
+        console.print(row)
+
+
+if __name__ == "__main__":
+    main()
