@@ -16,6 +16,7 @@ from torch import Tensor
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.attention.base import Generator
 from genatt_dist.model.backbone import Backbone
+from genatt_dist.model.block import Block
 from genatt_dist.model.context import Context
 from genatt_dist.model.diagnostics import resampled, total_variation
 
@@ -60,9 +61,8 @@ def places(backbone: Backbone, rows_ND: Tensor, context: Context) -> list[Place]
     def note(attention: Any, arguments: tuple[Any, ...]) -> None:
         found.append(Place(attention, arguments[0], arguments[1], context))
 
-    hooks = [
-        block.attention.register_forward_pre_hook(note) for block in backbone.blocks if block.attention is not None
-    ]
+    blocks = [module for module in backbone.modules() if isinstance(module, Block)]
+    hooks = [block.attention.register_forward_pre_hook(note) for block in blocks if block.attention is not None]
     backbone.eval()(rows_ND, context)
     for hook in hooks:
         hook.remove()
@@ -71,6 +71,5 @@ def places(backbone: Backbone, rows_ND: Tensor, context: Context) -> list[Place]
 
 def variation(maps_SBHnn: Tensor, place: Place) -> float:
     """Total variation between two draws of one row, mean over rows i ≥ 1 and over neighbouring draws."""
-    layout = place.context.layout
-    pairs = pairwise(maps_SBHnn)
+    pairs, layout = pairwise(maps_SBHnn), place.context.layout
     return float(torch.stack([total_variation(a, b, layout).mean() for a, b in pairs]).mean())

@@ -112,11 +112,25 @@ def train(
     )
 
 
+_Inference = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Other choices of inference than the run's: inference, mc_samples, sampling_steps, eta, sample_blocks.",
+    ),
+]
+
+
 @app.command(
-    epilog=_examples("genatt evaluate runs/beauty --split test", "genatt evaluate runs/beauty --split valid --json")
+    epilog=_examples(
+        "genatt evaluate runs/beauty --split test",
+        "genatt evaluate runs/beauty --split valid --json",
+        "genatt evaluate runs/diffusion --split valid sampling_steps=10 eta=1",
+    )
 )
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    inference: _Inference = None,
     split: Annotated[str, typer.Option(help="valid or test.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -128,7 +142,7 @@ def evaluate(
     from genatt_dist.evaluation.run import evaluate_run
 
     with _progress("users") as advance:
-        report = evaluate_run(run, split, advance)
+        report = evaluate_run(run, split, advance, inference or [])
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -154,6 +168,7 @@ def recommend(
     ],
     out: Annotated[Path, typer.Option(help="Parquet file to write: user_id, rank, item_id, score.")],
     k: Annotated[int, typer.Option(help="Items a user gets.")] = 10,
+    inference: _Inference = None,
 ) -> None:
     """Write the best k items for known users, or for raw histories of unknown ones."""
     from genatt_dist import runs
@@ -162,7 +177,7 @@ def recommend(
     from genatt_dist.serving import recommend as serving
     from genatt_dist.serving.trained import load
 
-    trained = load(run)
+    trained = load(run, inference or [])
     requests = serving.read_requests(users, trained)
     for note in requests.notes:
         _stderr().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

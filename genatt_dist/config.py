@@ -29,6 +29,8 @@ from genatt_dist.attention.options import (
 )
 from genatt_dist.section import Section
 
+INFERENCE = ("inference", "mc_samples", "sampling_steps", "eta", "sample_blocks")
+
 
 class DataConfig(Section):
     """Where the sequence shards lie and how histories are cut from them."""
@@ -219,7 +221,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise GenattError(f"config {path} holds {type(tree).__name__}, not sections such as `data:` and `model:`")
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return parse(tree, str(path))
 
 
@@ -231,12 +233,36 @@ def parse(tree: dict[str, Any], where: str) -> RunConfig:
         raise GenattError(f"config {where}: " + "; ".join(_explain(item) for item in error.errors())) from None
 
 
+def for_inference(config: RunConfig, changes: Sequence[str]) -> RunConfig:
+    """The configuration with other choices of inference: `sampling_steps=10`, `inference=mc` and what else the
+    attention has. No trained weight depends on them.
+
+    Raises GenattError: another key, a bad value.
+    """
+    hybrid = isinstance(config.model.attention, HybridAttention)
+    section = (
+        config.model.attention.generator
+        if isinstance(config.model.attention, HybridAttention)
+        else config.model.attention
+    )
+    choices = [name for name in INFERENCE if name in type(section).model_fields]
+    tree = config.model_dump(mode="json")
+    for change in changes:
+        name = change.partition("=")[0]
+        if name not in choices:
+            known = f"it has {', '.join(choices)}" if choices else "it has none"
+            raise GenattError(f"{change} is no choice of inference of attention type {section.type}: {known}")
+        apply(tree, f"model.attention.{'generator.' if hybrid else ''}{change}")
+    return parse(tree, "for inference")
+
+
 def dump(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load` of it gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in a tree of plain values; sections that are missing appear."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise GenattError(f"override {override!r} is not of the form section.key=value, for example training.epochs=3")

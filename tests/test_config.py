@@ -1,5 +1,6 @@
 """A configuration is refused before anything starts, with the key, its value and the mend."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run_tree("shards")))
     return path
+
+
+TYPES = "dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid"
 
 
 def refusal(file: Path, *overrides: str) -> str:
@@ -57,11 +61,11 @@ def test_an_unknown_key_of_an_attention_names_the_nearest_of_its_type(file: Path
     [
         (
             ["model.attention.type=variatonal"],
-            "type=variatonal is unknown: did you mean variational? use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid",
+            f"type=variatonal is unknown: did you mean variational? use {TYPES}",
         ),
         (
             ["model.attention.type=7"],
-            "model.attention.type=7 is unknown: use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid",
+            f"model.attention.type=7 is unknown: use {TYPES}",
         ),
         (
             ["model.attention.type=variational", "model.attention.rank=0"],
@@ -86,10 +90,7 @@ def test_a_missing_section_says_how_to_give_it(tmp_path: Path) -> None:
     assert "data is missing: set it in the file or give data=VALUE" in refusal(path)
     assert "data.path is missing" in refusal(path, "data.max_len=4")
     path.write_text("data: {path: x}\nmodel:\n  attention: {rank: 3}")
-    assert (
-        "model.attention.type is missing: use dot_product, noisy_dot_product, positional, gru, deterministic, variational, diffusion, hybrid"
-        in refusal(path)
-    )
+    assert f"model.attention.type is missing: use {TYPES}" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +256,9 @@ def test_the_attention_types_know_what_generates_and_what_reads_states(file: Pat
     assert model("type=deterministic").generative is None
     encoded = {name: model(f"type={name}").encoded for name in ("dot_product", "positional", "gru", "deterministic")}
     assert encoded == {"dot_product": False, "positional": False, "gru": True, "deterministic": True}
-    with pytest.raises(GenattError, match="share_map=true with attention.type=gru"):
+    with pytest.raises(GenattError, match=r"share_map=true with attention\.type=gru"):
         configuration.load(file, ["model.attention.type=gru", "model.share_map=true"])
-    with pytest.raises(GenattError, match="condition=last with data.targets=all"):
+    with pytest.raises(GenattError, match=r"condition=last with data\.targets=all"):
         model("type=hybrid", "generator.type=variational", "generator.condition=last")
     assert "unknown key model.attention.generator.rnk: did you mean model.attention.generator.rank?" in refusal(
         file,
@@ -265,6 +266,22 @@ def test_the_attention_types_know_what_generates_and_what_reads_states(file: Pat
         "model.attention.generator.type=variational",
         "model.attention.generator.rnk=2",
     )
+
+
+def test_inference_has_choices_of_its_own(file: Path) -> None:
+    def chosen(kind: str, *changes: str) -> Any:
+        overrides = [f"model.attention.{part}" for part in kind.split()]
+        return configuration.for_inference(configuration.load(file, overrides), changes).model.generative
+
+    assert chosen("type=variational", "inference=mc", "mc_samples=3").mc_samples == 3
+    assert chosen("type=hybrid generator.type=diffusion", "sampling_steps=10").sampling_steps == 10
+    for kind, change, message in [
+        ("type=dot_product", "inference=mc", "no choice of inference of attention type dot_product: it has none"),
+        ("type=variational", "rank=3", "of inference of attention type variational: it has inference, mc_samples"),
+        ("type=diffusion", "sampling_steps=51", "sampling_steps=51 is more than diffusion_steps=50"),
+    ]:
+        with pytest.raises(GenattError, match=re.escape(message)):
+            chosen(kind, change)
 
 
 def test_a_configuration_does_not_change_after_it_was_read(file: Path) -> None:

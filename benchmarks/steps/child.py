@@ -71,6 +71,7 @@ class Child:
         self._pipe, end = context.Pipe()
         self._process = context.Process(target=_answer, args=(end, num_items), daemon=True)
         self._process.start()
+        self.pid = self._process.pid
         end.close()
 
     def __enter__(self) -> Child:

@@ -110,13 +110,11 @@ class Grid:
                 continue
             yield cell._replace(blocks=1), self.sampling_steps
             yield cell._replace(batch=1), self.sampling_steps
-            few = tuple(steps for steps in self.sampling_steps if steps in self.few)
-            others = [
-                cell._replace(softmax=False),
-                *(cell._replace(lengths=law) for law in self.laws if law != "all_n"),
-            ]
-            for other, blocks in product(others, (1, 2)):
-                yield other._replace(blocks=blocks), few
+            if few := tuple(steps for steps in self.sampling_steps if steps in self.few):
+                laws = [law for law in self.laws if law != "all_n"]
+                others = [cell._replace(softmax=False), *(cell._replace(lengths=law) for law in laws)]
+                for other, blocks in product(others, (1, 2)):
+                    yield other._replace(blocks=blocks), few
 
     def _serving(self, cell: Cell, sampling_steps: tuple[int, ...]) -> Iterator[Variant]:
         yield from _undenoised(cell)

@@ -220,15 +220,15 @@ def _versions() -> dict[str, str]:
 
 def _expected(variant: Variant, settings: Settings) -> float:
     """Seconds a variant may take in all, roughly: what the progress bar counts in. Only proportions matter."""
-    share = {"all_n": 1.0, "beauty": 0.45 if variant.mode == "training" else 0.12}[variant.lengths]
+    share = {"all_n": 1.0, "beauty": 0.5 if variant.mode == "training" else 0.12}[variant.lengths]
     positions = variant.batch * variant.max_len * share
     denoised = 0 if variant.steps is None or variant.sampler == "one_step" else variant.steps
     if variant.mode == "training":
-        step = positions * (2e-5 + 5e-5 * variant.softmax + 4e-6 * variant.blocks * denoised)
+        step = positions * (2e-5 + 5e-5 * variant.softmax + 1e-6 * variant.blocks * denoised)
     else:
         blocks = variant.blocks - 1 if variant.sample_blocks == "all" else 0
-        step = positions * (6e-6 + 1e-6 * blocks * denoised) + variant.batch * (
-            1e-4 * variant.softmax + 5e-6 * denoised
+        step = positions * (2e-6 + 7e-7 * blocks * denoised) + variant.batch * (
+            7e-5 * variant.softmax + 2e-6 * denoised
         )
     repeats = settings.rounds + 2 if LEAST_REPEATS * step < settings.variant_seconds else 1
-    return 1.0 + repeats * step
+    return 0.3 + repeats * max(step, _SHORTEST)

@@ -115,7 +115,7 @@ def _serving(variant: Variant, config: RunConfig, device: torch.device, num_item
 
     @torch.no_grad()
     def run(histories: Histories, draw: int) -> None:
-        states_BD = encode(backbone, table.lookup(histories.items_N), histories, config, identity)
+        states_BD = encode(backbone, table.lookup(histories.items_N), histories, config)
         if variant.softmax:
             table.rank(query(states_BD, histories, exclude_seen=True), TOP, config.evaluation.chunk_items)
 

@@ -49,7 +49,7 @@ class Rows:
 
     def take(self, x_N: Tensor) -> Tensor:
         """What a tensor of the real tokens holds for these rows."""
-        return x_N if self.index_M is None else x_N[self.index_M]
+        return x_N if self.index_M is None else x_N.index_select(0, self.index_M)
 
     @property
     def position_M(self) -> Tensor:

@@ -1,9 +1,8 @@
 """D-GenAtt: each row's map is denoised from Gaussian noise (MATH §5; all of it but the idea is [D]).
 
-Legend: B sequences, N real tokens, M rows that are made, D hidden width d, Z latent width d_z, G denoiser width d_h,
-C rows that are diffused in a
-training step, F sinusoids, H heads, K entries of a generated row. g_0 is the clean row, m its mean,
-R_0 = (g_0 − m)/ς the residual that is diffused, R_t its noised form, R̂_0 the denoised one.
+Legend: B sequences, N real tokens, M rows that are made, C rows that are diffused in a training step, D hidden width d,
+Z latent width d_z, G denoiser width d_h, F sinusoids, T diffusion steps, H heads, K entries of a generated row. g_0 is
+the clean row, m its mean, R_0 = (g_0 − m)/ς the residual that is diffused, R_t its noised form, R̂_0 the denoised one.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genatt_dist.attention import sampler
+from genatt_dist.attention import kernels, sampler
 from genatt_dist.attention.base import Generated, Generator, Rows, condition, widen
 from genatt_dist.attention.decoder import Decoder, Latent, Posterior, free_bits
 from genatt_dist.attention.denoiser import Denoiser, ResidualScale, Times
 from genatt_dist.attention.entries import Entries, row_width
 from genatt_dist.attention.logits import GeneratedLogits, Values
-from genatt_dist.attention.noise import NoiseKey, Purpose, integers, normal, uniform
+from genatt_dist.attention.noise import NoiseKey, Purpose, derive, integers, normal, uniform
 from genatt_dist.attention.options import DiffusionAttention
 from genatt_dist.config import ModelConfig
 from genatt_dist.model.context import Context
@@ -132,10 +131,12 @@ class Diffusion(Generator):
         return (draw_B < self.config.share)[context.layout.row_N].nonzero().squeeze(-1)
 
     def _sample(self, given: _Given, scale: Tensor, steps: int | None = None) -> Tensor:
-        """g = m + ςR̂_0, with R̂_0 sampled by DDIM: [M, H, K]."""
+        """g = m + ςR̂_0, with R̂_0 sampled by DDIM: [M, H, K]. One kernel does all steps where it can."""
         noise, num_steps = given.rows.noise("sampling D-GenAtt"), self.config.diffusion_steps
         m_MHK, s_MG = self._mean(given), self.denoiser.input(s_MD=given.c_MD)
         tau_TG = self.denoiser.input(tau_MF=self.times.tau_TF.to(s_MG.dtype))
+        times = sampler.times(num_steps, steps or self.config.sampling_steps)
+        schedule = self.times.alpha_bar, times, self.config.eta
 
         def draw(t: int) -> Tensor:
             key_M = noise.token(Purpose.SAMPLER, self.block, t)
@@ -145,8 +146,10 @@ class Diffusion(Generator):
             clean_MHK: Tensor = self.denoiser(self.denoiser.input(r_MHK, onto=s_MG + tau_TG[t]), given.entries)
             return clean_MHK
 
-        times = sampler.times(num_steps, steps or self.config.sampling_steps)
-        clean_MHK = sampler.sample(denoise, draw, self.times.alpha_bar, times, self.config.eta)
+        words = [int(derive(int(Purpose.SAMPLER), self.block, t)) for t in times]
+        clean_MHK = kernels.sample_rows(self.denoiser, s_MG, tau_TG, given.entries, noise.token_N, words, *schedule)
+        if clean_MHK is None:
+            clean_MHK = sampler.sample(denoise, draw, *schedule)
         return m_MHK + scale.to(m_MHK.dtype) * clean_MHK
 
     def _clean(self, z_MZ: Tensor, given: _Given) -> Tensor:

@@ -1,24 +1,20 @@
 """The attention maps of a split's first users in numbers: what curves, warnings and the report show of a model.
 
-Legend: B users of a batch, N real tokens, D width.
+Legend: N real tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import Histories, evaluation_batches
+from genatt_dist.data.batches import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import ItemTable
-from genatt_dist.evaluation.evaluate import Parts
+from genatt_dist.evaluation.evaluate import Parts, sampling_context
 from genatt_dist.model.backbone import Backbone
-from genatt_dist.model.context import Context
 from genatt_dist.model.diagnostics import statistics
 
 USERS = 256  # of the global batch: tens of thousands of rows, so two digits of every mean, for two forward passes
@@ -62,17 +58,3 @@ def diagnose(
         if statistic in VECTORS:
             vectors[f"{VECTORS[statistic]}/{block}"] = mean.flatten().tolist()
     return Diagnosis(values, vectors)
-
-
-def sampling_context(
-    histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor] = torch.Tensor.clone
-) -> Context:
-    """The context of a forward pass that samples for these users; their noise hangs on the run's seed and the user."""
-    layout, root = histories.layout, int(derive(config.training.seed, int(Purpose.REQUEST)))
-    num_tokens = torch.tensor(float(len(layout.row_N)), device=histories.items_N.device)
-    return Context(
-        layout,
-        NoiseKey.make(root, 0, histories.user_B, layout.row_N, layout.position_N),
-        num_tokens=total(num_tokens),
-        total=total,
-    )

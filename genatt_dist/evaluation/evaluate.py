@@ -6,7 +6,7 @@ Legend: B users of a batch, U users of the split, V items, C cutoffs, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from genatt_dist.embedding.table import ItemTable
 from genatt_dist.evaluation.metrics import CUTOFFS, metrics
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
-from genatt_dist.model.diagnostics import statistics
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,10 @@ class Result:
 
 
 @torch.no_grad()
-def encode(
-    backbone: Backbone, rows_ND: Tensor, histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]
-) -> Tensor:
+def encode(backbone: Backbone, rows_ND: Tensor, histories: Histories, config: RunConfig) -> Tensor:
     """The state that predicts each user's next item: [B, D] in float32."""
-    context = _context(histories, config, total)
-    return backbone.last_states(rows_ND.to(next(backbone.parameters()).dtype), context).float()
+    rows_ND = rows_ND.to(next(backbone.parameters()).dtype)
+    return backbone.last_states(rows_ND, sampling_context(histories, config)).float()
 
 
 @torch.no_grad()
@@ -61,16 +58,12 @@ def evaluate(
     device: torch.device,
     parts: Parts = Parts(),
     progress: Callable[[int], None] = lambda users: None,
-    diagnose: bool = False,
 ) -> Result:
     """Rank the targets of `split`. The backbone must be in evaluation mode; a sharded table needs every rank here at
     once.
-
-    diagnose: add statistics of the attention maps of the first batch (`attention_entropy/block0` and so on).
     """
     rank_U = torch.zeros(sequences.num_users, dtype=torch.int64, device=device)
     shown_CV = torch.zeros((len(CUTOFFS), sequences.num_items + 1), dtype=torch.int64, device=device)
-    observed: dict[str, tuple[Tensor, Tensor]] = {}
     batches = evaluation_batches(
         sequences,
         split,
@@ -82,11 +75,7 @@ def evaluate(
     )
     for histories in batches:
         rows_ND = table.lookup(histories.items_N)
-        if diagnose and not observed:
-            context = _context(histories, config, parts.total)
-            context = replace(context, num_tokens=parts.total(context.num_tokens))
-            observed = statistics(backbone, rows_ND.to(next(backbone.parameters()).dtype), context)
-        states_BD = encode(backbone, rows_ND, histories, config, parts.total)
+        states_BD = encode(backbone, rows_ND, histories, config)
         ranking = table.rank(
             query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items
         )
@@ -96,10 +85,7 @@ def evaluate(
             shown_CV[cutoff].index_add_(0, top, torch.ones_like(top))
         progress(len(states_BD))
     ranks = parts.total(rank_U).cpu().numpy()[sequences.has_targets]
-    values = metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy())
-    for name, (amount, count) in observed.items():
-        values[name] = float((parts.total(amount) / parts.total(count)).mean())
-    return Result(values, ranks)
+    return Result(metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy()), ranks)
 
 
 def query(states_BD: Tensor, histories: Histories, exclude_seen: bool) -> Query:
@@ -111,11 +97,15 @@ def query(states_BD: Tensor, histories: Histories, exclude_seen: bool) -> Query:
     return Query(states_BD, histories.seen_row_S[kept], histories.seen_item_S[kept], targets)
 
 
-def _context(histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor]) -> Context:
+def sampling_context(
+    histories: Histories, config: RunConfig, total: Callable[[Tensor], Tensor] = torch.Tensor.clone
+) -> Context:
+    """The context of a forward pass that samples for these users; their noise hangs on the run's seed and the user."""
     layout, root = histories.layout, int(derive(config.training.seed, int(Purpose.REQUEST)))
+    num_tokens = torch.tensor(float(len(layout.row_N)), device=histories.items_N.device)
     return Context(
-        layout=layout,
-        noise=NoiseKey.make(root, 0, histories.user_B, layout.row_N, layout.position_N),
-        num_tokens=torch.tensor(float(len(layout.row_N)), device=histories.items_N.device),
+        layout,
+        NoiseKey.make(root, 0, histories.user_B, layout.row_N, layout.position_N),
+        num_tokens=total(num_tokens),
         total=total,
     )

@@ -22,7 +22,7 @@ from genatt_dist.attention.attend import attention_map
 from genatt_dist.attention.noise import derive
 from genatt_dist.data.batches import Histories
 from genatt_dist.data.sequences import Ints, Sequences
-from genatt_dist.evaluation.diagnose import sampling_context
+from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model.diagnostics import ROUNDING, own_maps, relative_entropy, resampled, total_variation
 from genatt_dist.model.jagged import Jagged
 
@@ -39,11 +39,11 @@ UNIT = 1e-4  # weights are stored as whole multiples of it
 def write_maps(path: Path, trained: Trained, split: str) -> None:
     """Write the maps of USERS users at the best checkpoint; the file appears whole or not at all.
 
-    Its `users` hold: user_id; item_ids, titles (None without such a column), oldest first, at most the WIDEST newest,
-    and how many `older` ones the model saw; target_id, target_title; maps. A map has block, head, the `mean` of SAMPLES samples and KEPT
-    of the `samples`, each as its lower triangle, row after row, in UNITs (older items take what a row lacks to 1); and
-    over all rows i ≥ 1 the mean `entropy` of a sample relative to uniform and the mean `total_variation` between two.
-    Where nothing is random there are no samples, and total_variation is None.
+    Its `users` hold: user_id; item_ids and titles (None without such a column), oldest first, at most the WIDEST
+    newest, and how many `older` ones the model saw; target_id, target_title; maps. A map has block, head, the `mean` of
+    SAMPLES samples and KEPT of the `samples`, each as its lower triangle, row after row, in UNITs (older items take
+    what a row lacks to 1); and over all rows i ≥ 1 the mean `entropy` of a sample relative to uniform and the mean
+    `total_variation` between two. Where nothing is random there are no samples, and total_variation is None.
     """
     sequences = trained.sequences
     users = choose(sequences, split, trained.config.data.max_len)

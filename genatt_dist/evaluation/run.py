@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ from genatt_dist.evaluation.evaluate import Result, evaluate
 from genatt_dist.evaluation.maps import write_maps
 
 
-def evaluate_run(run: Path, split: str, progress: Callable[[int], None] = lambda users: None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, split: str, progress: Callable[[int], None] = lambda users: None, inference: Sequence[str] = ()
+) -> dict[str, Any]:
     """Rank the targets of `split` with the run's best checkpoint.
 
     Writes into the run: `evaluation-SPLIT.json`, each user's rank to `ranks-SPLIT.parquet` (what a paired comparison
     needs), and the attention maps of a few users to `maps-SPLIT.json`.
+    inference: choices other than the run's, as `sampling_steps=10`; files are then named `SPLIT,sampling_steps=10`.
     """
     from genatt_dist.serving.trained import load
 
-    trained = load(run)
+    trained = load(run, inference)
+    name = ",".join((split, *sorted(inference)))
     of = (trained.backbone, trained.table, trained.sequences, split, trained.config, trained.device)
     result = evaluate(*of, progress=progress)
     diagnosis = diagnose(*of)
@@ -33,15 +37,16 @@ def evaluate_run(run: Path, split: str, progress: Callable[[int], None] = lambda
         "model": trained.config.model.attention.type,
         "split": split,
         "step": trained.step,
+        "inference": list(inference),
         "users": len(result.rank_U),
         "dataset": dataset(trained.sequences),
         "protocol": protocol(trained.config, trained.sequences),
         "metrics": result.metrics | diagnosis.values,
         "vectors": diagnosis.vectors,
     }
-    write_maps(run / f"maps-{split}.json", trained, split)
-    write_ranks(run / f"ranks-{split}.parquet", trained.sequences, result)
-    (run / f"evaluation-{split}.json").write_text(json.dumps(report, indent=2))
+    write_maps(run / f"maps-{name}.json", trained, split)
+    write_ranks(run / f"ranks-{name}.parquet", trained.sequences, result)
+    (run / f"evaluation-{name}.json").write_text(json.dumps(report, indent=2))
     return report
 
 

@@ -28,8 +28,8 @@ def steps_plots(rows: Sequence[Row]) -> list[Plot]:
     """One figure for each quantity, max_len and way to measure that there are rows of: training first.
 
     Times are drawn where the catalogue takes part and all histories are of length n, ratios everywhere, and nothing
-    where there are fewer than three numbers of steps: that is no curve. Both axes are logarithmic. Open markers are rows
-    too long to be repeated; what ran out of memory has no point.
+    where there are fewer than three numbers of steps: that is no curve. Both axes are logarithmic. Open markers are
+    rows too long to be repeated; what ran out of memory has no point.
     """
     groups: dict[tuple[Any, ...], dict[int, list[Row]]] = {}
     for row in rows:

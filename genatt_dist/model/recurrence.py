@@ -4,7 +4,8 @@ torch's own either computes padding or, packed, takes twice the time on a CPU. H
 longest sequences first, so that the tokens of a step lie beside each other; what does not depend on the step before is
 one matrix product over all tokens. On a GPU cuDNN does all this.
 
-Legend: N real tokens ordered so, A sequences that reach a position, D width; gates r (reset), z (update), c (candidate).
+Legend: N real tokens ordered so, A sequences that reach a position, D width; gates r (reset), z (update), c
+(candidate).
 """
 
 from __future__ import annotations

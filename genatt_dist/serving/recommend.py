@@ -91,7 +91,7 @@ def recommend(
         )
         with torch.no_grad():
             rows_ND = trained.table.lookup(histories.items_N)
-            states_BD = encode(trained.backbone, rows_ND, histories, trained.config, torch.Tensor.clone)
+            states_BD = encode(trained.backbone, rows_ND, histories, trained.config)
             ranking = trained.table.rank(
                 query(states_BD, histories, evaluation.exclude_seen), k, evaluation.chunk_items
             )

@@ -4,6 +4,7 @@ trained it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from data_pipeline.errors import GenattError
 from genatt_dist import runs
-from genatt_dist.config import RunConfig, TableConfig
+from genatt_dist.config import RunConfig, TableConfig, for_inference
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import ReplicatedTable
 from genatt_dist.model.backbone import Backbone
@@ -32,9 +33,13 @@ class Trained:
     step: int
 
 
-def load(run: Path) -> Trained:
-    """Read the best checkpoint of `run` and its data set. Raises GenattError naming what is missing or does not fit."""
-    config = runs.read_config(run)
+def load(run: Path, inference: Sequence[str] = ()) -> Trained:
+    """Read the best checkpoint of `run` and its data set.
+
+    inference: choices other than the run's, as `sampling_steps=10` (config.for_inference). Raises GenattError naming
+    what is missing or does not fit.
+    """
+    config = for_inference(runs.read_config(run), inference)
     path = checkpoint.best(run)
     checkpoint.verify(path)
     sequences = Sequences.read(config.data.path, verify=True)
@@ -54,7 +59,13 @@ def load(run: Path) -> Trained:
     rows = checkpoint.read_table(path, 0, sequences.num_items + 1, with_optimizer=False)
     if rows is not None:
         state["items.weight"] = rows.rows
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    if strangers := sorted(name for name in wanted if name not in state or state[name].shape != wanted[name]):
+        raise GenattError(
+            f"checkpoint {path} does not fit the model of this version: {len(strangers)} tensors differ, the first "
+            f"is {strangers[0]}; evaluate it with the version that trained it, or train again"
+        )
+    model.load_state_dict({name: state[name] for name in wanted})
     device = select_device()
     model.to(device).eval()
     assert model.items is not None

@@ -22,7 +22,7 @@ from data_pipeline.errors import GenattError
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import evaluation_batches
-from genatt_dist.evaluation.diagnose import sampling_context
+from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model import diagnostics
 from genatt_dist.model.diagnostics import own_maps, resampled
 from genatt_dist.serving.trained import Trained, load

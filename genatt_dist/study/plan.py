@@ -135,7 +135,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         if not isinstance(tree.get("base"), dict):
             break  # told below
-        configuration._apply(tree["base"], override)
+        configuration.apply(tree["base"], override)
     try:
         study = Study.model_validate(tree)
     except ValidationError as error:

@@ -80,22 +80,19 @@ class Telemetry:
         """What is in metrics.jsonl: of a resumed run, all up to its checkpoint. Empty where nothing is written."""
         return _read(self._path) if self._active else []
 
-    def record(
-        self, kind: str, step: int, values: dict[str, float], vectors: Mapping[str, list[float]] | None = None
-    ) -> None:
-        """One line of metrics.jsonl, one point of each curve, and of each vector a list there and a histogram here."""
+    def record(self, kind: str, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """One line of metrics.jsonl; each number is a point of a curve, each list a histogram on the board."""
         if not self._active:
             return
-        self._write(kind, step, {**values, **(vectors or {})})
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        for name, vector in (vectors or {}).items():
-            finite = [value for value in vector if math.isfinite(value)]  # TensorBoard refuses a bin of the others
-            if finite:
-                self._board.add_histogram(f"{kind}/{name}", np.array(finite), step)
-        if self._mlflow:
-            names = {name.replace("@", "_at_"): value for name, value in values.items()}  # MLflow refuses the sign
-            self._mlflow.log_metrics({f"{kind}/{name}": value for name, value in names.items()}, step=step)
+        self._write(kind, step, values)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, list)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        for name, vector in values.items():
+            if isinstance(vector, list) and (finite := [value for value in vector if math.isfinite(value)]):
+                self._board.add_histogram(f"{kind}/{name}", np.array(finite), step)  # others have no bin
+        if self._mlflow:  # which refuses the sign @
+            self._mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in numbers.items()}, step=step)
 
     def warn(self, step: int, sign: FailureSign) -> None:
         """A failure sign: above the bar, as a line of kind `warning`, and as a text on the board."""

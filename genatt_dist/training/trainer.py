@@ -226,15 +226,15 @@ class Trainer:
         if improved:
             progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, metrics
         progress.stale = 0 if improved else progress.stale + 1
-        self._telemetry.record("valid", progress.step, {"epoch": progress.epoch, **metrics}, diagnosis.vectors)
+        record: dict[str, float | list[float]] = {"epoch": progress.epoch, **metrics, **diagnosis.vectors}
+        self._telemetry.record("valid", progress.step, record)
         self._telemetry.say(
             f"{self._config.model.attention.type}: epoch {progress.epoch}/{self._config.training.epochs}  "
             f"valid {SELECTION} {metric:.4f}  recall@10 "
             f"{result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
             f"[{progress.seconds:.0f} s, {progress.sequences / progress.step_seconds:,.0f} sequences/s]"
         )
-        record = {"epoch": progress.epoch, "step": progress.step, **metrics, **diagnosis.vectors}
-        for sign in self._signs.look(record, last):
+        for sign in self._signs.look({"step": progress.step, **record}, last):
             self._telemetry.warn(progress.step, sign)
 
     def _save(self) -> None:

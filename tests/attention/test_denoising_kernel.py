@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.kernels import BUILDS, compiled
 from data_pipeline.errors import GenattError
 from genatt_dist.attention import kernels, sampler
 from genatt_dist.attention.base import Rows
@@ -191,3 +192,14 @@ def test_evaluation_takes_the_kernel_and_training_does_not(make_context, monkeyp
     monkeypatch.delenv("GENATT_KERNELS")
     backbone.train()(rows_ND, context).states_ND.sum().backward()
     assert all(drawn is None for drawn in taken[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", BUILDS)
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "bf16x6"), (torch.bfloat16, "tf32")])
+def test_it_compiles_within_the_shared_memory_planned(monkeypatch, capability, dtype, precision):
+    """For GPUs that need not be there. What the launch checks against the device is an upper bound."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    plan = kernels.Plan(dtype, 128, 16, precision)
+    assert 0 < compiled(plan, capability).metadata.shared <= plan.shared_bytes

@@ -18,7 +18,7 @@ from genatt_dist.attention.options import (
 )
 from genatt_dist.data.batches import Histories
 from genatt_dist.evaluation import maps
-from genatt_dist.evaluation.diagnose import sampling_context
+from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.evaluation.maps import LONG, SAMPLES, UNIT, USERS, choose, write_maps
 from genatt_dist.evaluation.run import evaluate_run
 from genatt_dist.model.backbone import Backbone

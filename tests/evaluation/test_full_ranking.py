@@ -129,15 +129,6 @@ def test_progress_counts_every_user_once(model: DenseModel, sequences: Sequences
     assert sum(told) == len(found.rank_U) == int(sequences.has_targets.sum())
 
 
-def test_diagnosis_adds_statistics_and_changes_no_metric(
-    model: DenseModel, sequences: Sequences, prepared: Path
-) -> None:
-    plain = ranked(model, sequences, "valid", run_config(prepared)).metrics
-    more = ranked(model, sequences, "valid", run_config(prepared), diagnose=True).metrics
-    assert plain.items() < more.items()
-    assert "attention_entropy/block0" in more
-
-
 @every_split
 @pytest.mark.parametrize("batch_users", [5, 512])
 def test_popularity_equals_counting_the_training_part(

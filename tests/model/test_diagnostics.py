@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_cases import ATTENTIONS, GENERATIVE, LENGTHS, MAX_LEN, RANDOM, WIDTH, Parts, backbone, context, rows
 
+from genatt_dist.attention.decoder import Posterior
 from genatt_dist.attention.schedule import ALPHA_BAR_FLOOR
 from genatt_dist.model.diagnostics import between_users, relative_entropy, statistics, total_variation
 
@@ -82,10 +83,10 @@ def test_entropy_and_variation_of_maps_worked_by_hand():
     torch.testing.assert_close(relative_entropy(a, layout), torch.tensor([[1.0], [entropy / math.log(3)]]))
 
 
-def test_without_variance_the_variation_is_zero_and_all_of_it_between_users():
+def test_without_variance_the_variation_is_zero_and_all_of_it_between_users(monkeypatch):
     """A generator that became deterministic is told by its numbers; an attention that always was has none."""
     model = backbone("variational-factor", blocks=1)
-    torch.nn.init.zeros_(model.blocks[0].attention.decoder.w_z.weight)
+    monkeypatch.setattr(Posterior, "sample", lambda posterior, eps_MZ: posterior.mu_MZ)
     values = means(statistics(model, torch.cat(rows()), context()))
     assert values["total_variation/block0"] == 0
     assert values["between_users/block0"] == 1
@@ -110,8 +111,8 @@ def test_maps_that_know_no_user_are_pure_noise():
     """The matrix form decoded from prior noise alone: what varies, varies within a user."""
     users = 400
     model = backbone("variational-matrix", blocks=1, decoder_input="latent")
-    torch.nn.init.zeros_(model.blocks[0].attention.latent.w.weight)
-    torch.nn.init.zeros_(model.blocks[0].attention.latent.w.bias)
+    for parameter in model.blocks[0].attention.latent.parameters():
+        torch.nn.init.zeros_(parameter)
     values = means(statistics(model, torch.randn(4 * users, WIDTH), context((4,) * users)))
     assert values["total_variation/block0"] > 0
     assert values["between_users/block0"] <= 4 / math.sqrt(users - 1)

@@ -10,6 +10,7 @@ from tiny_data import run_config
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.evaluation.run import evaluate_run
 from genatt_dist.serving.trained import load
 from genatt_dist.training import checkpoint
 from genatt_dist.training.checkpoint import Progress, TablePart
@@ -72,3 +73,34 @@ def test_a_trained_run_serves_what_its_summary_says(trained_run: Path) -> None:
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     best = max((line for line in lines if line["kind"] == "valid"), key=lambda line: line["ndcg@10"])
     assert load(trained_run).step == best["step"]
+
+
+def test_inference_is_chosen_when_a_run_is_loaded_and_changes_no_weight(prepared: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", prepared, "replicated")
+    plain, other = load(tmp_path / "run"), load(tmp_path / "run", ["sampling_steps=7", "eta=1", "sample_blocks=last"])
+    chosen = other.config.model.generative
+    assert (chosen.sampling_steps, chosen.eta, chosen.sample_blocks) == (7, 1.0, "last")
+    assert plain.config.model.generative.sampling_steps == 4
+    states = plain.backbone.state_dict(), other.backbone.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert other.backbone.blocks[0].attention.config == chosen
+
+
+def test_evaluation_with_other_inference_has_files_of_its_own(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, prepared, "replicated")
+    plain = evaluate_run(run, "valid")
+    other = evaluate_run(run, "valid", inference=["sampling_steps=50", "eta=1"])
+    assert json.loads((run / "evaluation-valid.json").read_text()) == plain
+    assert json.loads((run / "evaluation-valid,eta=1,sampling_steps=50.json").read_text()) == other
+    assert (run / "ranks-valid,eta=1,sampling_steps=50.parquet").exists()
+    assert other["inference"] == ["sampling_steps=50", "eta=1"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(prepared: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", prepared, "replicated")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("latent_size: 32", "latent_size: 31"))
+    with pytest.raises(GenattError, match=r"does not fit the model of this version: \d+ tensors differ, the first is"):
+        load(tmp_path / "run")

@@ -27,8 +27,9 @@ def _tree(prepared: Path, **training: Any) -> dict[str, Any]:
     return base
 
 
-def test_killed_arm_ends_as_an_undisturbed_one(prepared: Path, tmp_path: Path) -> None:
-    base = _tree(prepared, epochs=60, patience=60)
+def test_killed_arm_ends_as_an_undisturbed_one(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "_POLL_SECONDS", 0.02)  # training takes seconds: the kill must come in the midst of it
+    base = _tree(prepared, epochs=100, patience=100)
     arms = {"killed": {}, "whole": {}}
     study = Study.model_validate({"base": base, "arms": arms, "comparisons": {"reference": "whole"}})
 

@@ -34,8 +34,8 @@ def test_vectors_are_lists_there_and_histograms_here(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Telemetry(tmp_path, "x", 10, active=True) as telemetry:
-        telemetry.record("valid", 5, {"kl_mean/block0": 0.2}, {"kl_per_dimension/block0": [0.1, 0.3]})
-        telemetry.record("valid", 6, {"kl_mean/block0": math.nan}, {"kl_per_dimension/block0": [math.nan] * 2})
+        telemetry.record("valid", 5, {"kl_mean/block0": 0.2, "kl_per_dimension/block0": [0.1, 0.3]})
+        telemetry.record("valid", 6, {"kl_mean/block0": math.nan, "kl_per_dimension/block0": [math.nan] * 2})
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["kl_per_dimension/block0"] == [0.1, 0.3]
     assert math.isnan(second["kl_per_dimension/block0"][0])

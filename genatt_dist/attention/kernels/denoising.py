@@ -2,8 +2,8 @@
 """The Triton kernel of `sample_rows`: all S denoising steps of 64 rows by one program (MATH §5).
 
 Weights are read once and stay in shared memory; state and hidden layers are registers; normals are made where they are
-used, by the hash of noise.py. A step reads a row of τ, four scalars and, where registers do not suffice, what the
-compiler spilt: all of it from the L1 cache. Rows and entries that do not exist are masked: their state is exactly 0.
+used, by the hash of noise.py. A step reads a row of τ, four scalars and what did not fit the registers: caches hold
+both. Rows and entries that do not exist are masked: their state is exactly 0.
 
 What the compiler makes of it, registers and all, says `python -m benchmarks.kernels resources`, without a GPU too.
 
