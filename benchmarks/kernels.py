@@ -163,10 +163,10 @@ def compiled(plan: kernels.Plan, capability: int) -> Any:
 def resources() -> list[dict[str, Any]]:
     """Shared memory (bytes a program), registers and spilt bytes (a thread) of every plan."""
     rows = []
-    for capability, (dtype, precision), entries in product(
+    for capability, (dtype, precision), columns in product(
         BUILDS, ((torch.float32, "bf16x6"), (torch.float32, "tf32"), (torch.bfloat16, "tf32")), ENTRIES
     ):
-        plan = kernels.Plan(dtype, GENERATOR, entries, precision)
+        plan = kernels.Plan(dtype, GENERATOR, columns, precision)
         kernel = compiled(plan, capability)
         registers, stack = _registers(kernel.asm["cubin"])
         rows.append(
@@ -175,7 +175,7 @@ def resources() -> list[dict[str, Any]]:
                 "like": BUILDS[capability],
                 "dtype": str(dtype).removeprefix("torch."),
                 "precision": precision if dtype is torch.float32 else "bf16",
-                "entries": entries,
+                "entries": columns,
                 "shared_bytes": kernel.metadata.shared,
                 "shared_bytes_planned": plan.shared_bytes,
                 "registers": registers,

@@ -21,10 +21,12 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,7 @@ def law_ratios(
 
 def measure(name: str, seed: int, steps: int) -> dict[str, Any]:
     """Train one model and say how near it came: a row of the result file."""
+    torch.set_num_threads(1)
     config = settings(ATTENTIONS[name], seed)
     started = time.process_time()
     model = train(config, steps)
@@ -225,12 +228,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
+    parser.add_argument("--workers", type=int, default=1, help="models at a time, one thread each")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     result = {
-        "command": "python -m benchmarks.recovery --out FILE",
+        "command": f"python -m benchmarks.recovery --seeds {arguments.seeds} --steps {arguments.steps} --out FILE",
         "legend": "gap, ancestral_gap and increase_by_…: mean in nat and its standard error over held-out sequences; "
         "lists without that: one number a block; sampled_over_target_variation: by number of steps S, at eta = 1",
         "law": dataclasses.asdict(LAW),
@@ -239,17 +242,18 @@ def main() -> None:
         "samples": [SAMPLES, FEW_SAMPLES],
         "settings": SETTINGS,
         "attentions": ATTENTIONS,
-        "threads": torch.get_num_threads(),
+        "workers": arguments.workers,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(arguments.seeds):
-        for name in arguments.attentions:
-            rows.append(measure(name, seed, arguments.steps))
-            Console(stderr=True).print(rows[-1])
+    jobs = [(name, seed, arguments.steps) for seed in range(arguments.seeds) for name in arguments.attentions]
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(measure, *zip(*jobs, strict=True)):
+            rows.append(row)
+            Console(stderr=True).print(row)
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")  # what is done is kept
 
 

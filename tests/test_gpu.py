@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from genatt_dist.attention.noise import NoiseKey, Purpose, keep_mask, normal
+from genatt_dist.attention.noise import NoiseKey, bits, derive, integers, keep_mask, normal, uniform
 from genatt_dist.config import ModelConfig
 from genatt_dist.loss.full import full_loss
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
+from genatt_dist.model.dropout import dropout
 from genatt_dist.model.jagged import Jagged
 
 pytestmark = [
@@ -25,14 +26,26 @@ def _context(device: str) -> Context:
     return Context.whole(layout, NoiseKey.make(0, 1, windows, layout.row_N, layout.position_N))
 
 
-def test_keyed_noise_is_the_same() -> None:
-    cpu, gpu = (_context(device).noise for device in ("cpu", "cuda"))
-    assert cpu is not None
-    assert gpu is not None
-    keys = [noise.token(Purpose.LATENT, 0) for noise in (cpu, gpu)]
-    assert torch.equal(keys[0], keys[1].cpu())
-    assert torch.equal(keep_mask(keys[0], 33, 0.3), keep_mask(keys[1], 33, 0.3).cpu())
-    torch.testing.assert_close(normal(keys[0], 33), normal(keys[1], 33).cpu(), rtol=1e-5, atol=1e-5)
+def test_every_draw_and_dropout_are_the_same() -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        key_N = derive(7, torch.arange(3000, device=device))
+        assert isinstance(key_N, torch.Tensor)
+        key_NH = derive(key_N[:, None], torch.arange(2, device=device))
+        assert isinstance(key_NH, torch.Tensor)
+        # Made on the CPU for both: only what the draws do may differ.
+        x_ND = torch.linspace(-3, 3, 3000 * 64).view(3000, 64).to(device).requires_grad_()
+        dropped_ND = dropout(x_ND, 0.3, key_N)
+        dropped_ND.backward(x_ND.detach())
+        assert x_ND.grad is not None
+        exact = [key_NH, bits(key_NH, 9), uniform(key_NH, 9), integers(key_NH, 9, 1000), keep_mask(key_N, 64, 0.3)]
+        rounded = [normal(key_NH, 33), dropped_ND.detach(), x_ND.grad]
+        results.append(([part.cpu() for part in exact], [part.cpu() for part in rounded]))
+    (exact, rounded), (gpu_exact, gpu_rounded) = results
+    for left, right in zip(exact, gpu_exact, strict=True):
+        assert torch.equal(left, right)
+    for left, right in zip(rounded, gpu_rounded, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["dot_product", "variational", "diffusion"])

@@ -115,6 +115,7 @@ def environment() -> Iterator[None]:
 
 def _answer(pipe: Connection, num_items: int) -> None:
     """The child's life: one answer for each question until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it ends its children
     measuring = _Measuring(num_items)
     while True:
         try:

@@ -16,7 +16,7 @@ import platform
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _SHORTEST = 0.05  # seconds a timing should last: shorter steps are timed in a r
 _SEED = 0
 
 Row = dict[str, Any]
+Times = dict[Variant, list[list[float]]]  # seconds of a step: for each round, those of the variant's turns
 
 
 @dataclass(frozen=True)
@@ -68,28 +69,25 @@ def measure(variants: Sequence[Variant], settings: Settings, out: Path, command:
     write(result, out)
     rows: list[Row] = result["rows"]
     limits = Limits(settings.memory_mb * MIB if settings.memory_mb else None, settings.variant_seconds)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    with environment(), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    expected = {variant: _expected(variant, settings) for variant in variants}
+    done = 0.0
+    bar = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with environment(), Progress(*bar, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
         with Child(settings.num_items) as child:
             machine = child.ask("machine") | {"versions": _versions()}
-        task = progress.add_task("", total=sum(_expected(variant, settings) for variant in variants))
+        task = progress.add_task("", total=sum(expected.values()))
+
+        def turn(variant: Variant) -> None:
+            """One of the rounds + 2 turns a variant mostly has."""
+            progress.update(task, description=variant.label, advance=expected[variant] / (settings.rounds + 2))
+
         for members in cells(variants).values():
-
-            def show(variant: Variant) -> None:
-                progress.update(task, description=variant.label)
-
-            alone = {variant: _alone(variant, limits, settings, show) for variant in _shuffled(members)}
-            times = dict(_times(alone, settings, show))
-            rows += _rows(members, alone, times, machine)
+            alone = {variant: _alone(variant, limits, settings, turn) for variant in _shuffled(members)}
+            rows += _rows(members, alone, _times(alone, settings, turn), machine)
             result["targets"] = targets.judge(rows)
             write(result, out)
-            progress.advance(task, sum(_expected(variant, settings) for variant in members))
+            done += sum(expected[variant] for variant in members)
+            progress.update(task, completed=done)
     return rows
 
 
@@ -99,19 +97,18 @@ def write(result: dict[str, Any], out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         head = {name: value for name, value in result.items() if name != "rows"}
-        lines = ",\n".join(
-            f"    {json.dumps(row)}" for row in result["rows"]
-        )  # one row a line: it can be read and compared
         text = json.dumps(head, indent=2).removesuffix("\n}")
+        # One row a line: it can be read, and compared with another run's.
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
         temporary.write_text(f'{text},\n  "rows": [\n{lines}\n  ]\n}}\n')
         temporary.rename(out)
     except OSError as error:
         raise GenattError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
 
 
-def _alone(variant: Variant, limits: Limits, settings: Settings, show: Any) -> Alone:
+def _alone(variant: Variant, limits: Limits, settings: Settings, turn: Callable[[Variant], None]) -> Alone:
     """One variant in a process of its own."""
-    show(variant)
+    turn(variant)
     with Child(settings.num_items) as child:
         try:
             # Generous: the child itself declines what looks longer than the limit.
@@ -123,32 +120,32 @@ def _alone(variant: Variant, limits: Limits, settings: Settings, show: Any) -> A
     return answer
 
 
-def _times(alone: dict[Variant, Alone], settings: Settings, show: Any) -> Iterator[tuple[Variant, list[list[float]]]]:
-    """Seconds of a step of each variant that can be repeated often enough: for each round, those of its turns."""
+def _times(alone: dict[Variant, Alone], settings: Settings, turn: Callable[[Variant], None]) -> Times:
+    """The timings of each variant of a cell that can be repeated often enough."""
     repeats = {
         variant: min(settings.rounds, int(settings.variant_seconds / found.seconds))
         for variant, found in alone.items()
         if found.status == "ok" and found.seconds
     }
     variants = [variant for variant, count in repeats.items() if count >= LEAST_REPEATS]
+    times: Times = defaultdict(list)
     if not variants:
-        return
+        return times
     with Child(settings.num_items) as child:
         child.ask("prepare", variants)
         index = {variant: number for number, variant in enumerate(variants)}
         passes = {}
         for variant in variants:  # warms up, and says how many steps make a timing long enough
-            show(variant)
+            turn(variant)
             passes[variant] = max(1, math.ceil(_SHORTEST / child.ask("time", index[variant], 0, 1)))
-        found: dict[Variant, list[list[float]]] = defaultdict(list)
         for number in range(settings.rounds):
             turns: dict[Variant, list[float]] = defaultdict(list)
             for variant in _order([variant for variant in variants if repeats[variant] > number], number):
-                show(variant)
+                turn(variant)
                 turns[variant].append(child.ask("time", index[variant], 1 + number, passes[variant]))
             for variant, seconds in turns.items():
-                found[variant].append(seconds)
-    yield from found.items()
+                times[variant].append(seconds)
+    return times
 
 
 def _order(variants: Sequence[Variant], number: int) -> list[Variant]:
@@ -163,9 +160,7 @@ def _shuffled(variants: Sequence[Variant], number: int = -1) -> list[Variant]:
     return random.Random(f"{_SEED} {number}").sample(list(variants), len(variants))
 
 
-def _rows(
-    members: Sequence[Variant], alone: dict[Variant, Alone], times: dict[Variant, list[list[float]]], machine: Row
-) -> list[Row]:
+def _rows(members: Sequence[Variant], alone: dict[Variant, Alone], times: Times, machine: Row) -> list[Row]:
     """The rows of one cell, in the grid's order."""
     control = next(
         (times[variant] for variant in members if variant.attention == "dot_product" and variant in times), []

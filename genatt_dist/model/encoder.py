@@ -24,8 +24,8 @@ class Encoder(nn.GRU):
             return layout.unpad(s_BnD)
         place_N, active_n = _by_position(layout)
         ordered_ND = torch.zeros_like(x_ND).index_copy(0, place_N, x_ND)
-        weights = (self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
-        return gru(ordered_ND, *weights, active_n.tolist()).index_select(0, place_N)
+        w_ih, w_hh, b_ih, b_hh = self.all_weights[0]
+        return gru(ordered_ND, w_ih, w_hh, b_ih, b_hh, active_n.tolist()).index_select(0, place_N)
 
 
 def _by_position(layout: Jagged) -> tuple[Tensor, Tensor]:
