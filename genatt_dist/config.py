@@ -193,8 +193,9 @@ class RunConfig(Section):
                 "with AdamW; use training.zero_stage=1"
             )
         if decoded is not None and decoded.condition == "last" and self.data.targets != "last":
+            place = "attention.generator" if isinstance(self.model.attention, HybridAttention) else "attention"
             raise ValueError(
-                "model.attention.condition=last with data.targets=all: the last state has seen the targets of all "
+                f"model.{place}.condition=last with data.targets=all: the last state has seen the targets of all "
                 "earlier positions; use condition=prefix, or data.targets=last"
             )
         return self

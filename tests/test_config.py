@@ -258,7 +258,7 @@ def test_the_attention_types_know_what_generates_and_what_reads_states(file: Pat
     assert encoded == {"dot_product": False, "positional": False, "gru": True, "deterministic": True}
     with pytest.raises(GenattError, match=r"share_map=true with attention\.type=gru"):
         configuration.load(file, ["model.attention.type=gru", "model.share_map=true"])
-    with pytest.raises(GenattError, match=r"condition=last with data\.targets=all"):
+    with pytest.raises(GenattError, match=r"generator\.condition=last with data\.targets=all"):
         model("type=hybrid", "generator.type=variational", "generator.condition=last")
     assert "unknown key model.attention.generator.rnk: did you mean model.attention.generator.rank?" in refusal(
         file,
@@ -282,6 +282,22 @@ def test_inference_has_choices_of_its_own(file: Path) -> None:
     ]:
         with pytest.raises(GenattError, match=re.escape(message)):
             chosen(kind, change)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["type=diffusion", "rec_mix=0", "train_sampler=unrolled"], "train_sampler=unrolled with rec_mix=0"),
+        (["type=diffusion", "rec_mix=0", "gamma=0"], "gamma=0 with rec_mix=0"),
+        (["type=variational", "gamma=.inf"], "model.attention.gamma=inf"),
+        (
+            ["type=hybrid", "generator.type=variational", "generator.condition=last"],
+            "model.attention.generator.condition=last with data.targets=all",
+        ),
+    ],
+)
+def test_attention_that_would_do_nothing_is_refused(file: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(file, *(f"model.attention.{override}" for override in overrides))
 
 
 def test_a_configuration_does_not_change_after_it_was_read(file: Path) -> None:

@@ -108,6 +108,22 @@ class Float32Buffers(nn.Module):
         return self
 
 
+class Learned(nn.Module):
+    """A parameter that no layer owns, handed out by a forward of its own.
+
+    Where parameters are partitioned (ZeRO-3) they are whole only while their module runs, forward and backward, and
+    DeepSpeed finds where the backward begins by the tensors that a forward returns: not inside a dataclass.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        """A copy: a view would be of storage that is freed."""
+        return self.value.clone()
+
+
 def widen(x: Tensor) -> Tensor:
     """At least float32: sums over tokens are never formed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

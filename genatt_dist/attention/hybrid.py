@@ -9,9 +9,9 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genatt_dist.attention.base import Generated, Generator, Logits, Rows, linear, split_heads
+from genatt_dist.attention.base import Generated, Generator, Learned, Logits, Rows, linear, split_heads
 from genatt_dist.config import ModelConfig
 from genatt_dist.model.context import Context
 
@@ -23,7 +23,7 @@ class Hybrid(Generator):
         super().__init__()
         d, self.heads = model.hidden_size, model.num_heads
         self.generator = generator
-        self.alpha = nn.Parameter(torch.zeros(self.heads))
+        self.alpha = Learned(torch.zeros(self.heads))
         self.w_q = linear(d, d)
         self.w_k = linear(d, d, bias=False)
 
@@ -32,7 +32,8 @@ class Hybrid(Generator):
     ) -> Generated:
         generated: Generated = self.generator(x_ND, s_ND, context, sample, last)
         q_MHE, k_NHE = self.w_q(Rows.of(context, last).take(x_ND)), split_heads(self.w_k(x_ND), self.heads)
-        q_MHE = self.alpha[:, None] / math.sqrt(k_NHE.shape[-1]) * split_heads(q_MHE, self.heads)
+        alpha_H1 = self.alpha()[:, None]
+        q_MHE = alpha_H1 / math.sqrt(k_NHE.shape[-1]) * split_heads(q_MHE, self.heads)
 
         def joined(logits: Logits) -> Logits:
             """Sums of products are products of what is joined: [U; αQ]·[V; K] = U·V + αQ·K."""
@@ -41,5 +42,5 @@ class Hybrid(Generator):
             query = torch.cat((logits.query_MHR, q_MHE), dim=-1)
             return replace(logits, query_MHR=query, key_NHR=torch.cat((logits.key_NHR, k_NHE), dim=-1))
 
-        statistics = generated.statistics | {"alpha": self.alpha.detach().clone()}
+        statistics = generated.statistics | {"alpha": alpha_H1.detach().flatten()}
         return replace(generated, samples=tuple(map(joined, generated.samples)), statistics=statistics)

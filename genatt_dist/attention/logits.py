@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genatt_dist.attention.base import Logits, Rows, linear, split_heads
+from genatt_dist.attention.base import Learned, Logits, Rows, linear, split_heads
 from genatt_dist.attention.options import DecodedAttention
 from genatt_dist.config import ModelConfig
 
@@ -27,22 +27,22 @@ class GeneratedLogits(nn.Module):
     def __init__(self, model: ModelConfig, attention: DecodedAttention, max_len: int) -> None:
         super().__init__()
         d, self.heads, factor = model.hidden_size, model.num_heads, attention.form == "factor"
-        self.kappa = nn.Parameter(torch.ones(self.heads))
+        self.kappa = Learned(torch.ones(self.heads))
         width = self.heads * attention.rank
         self.w_v = Keys(d, width) if factor else None
         self.w_q = linear(d, width, bias=False) if attention.query_projection else None
-        self.bias = nn.Parameter(torch.zeros(self.heads, max_len)) if attention.relative_bias and factor else None
+        self.bias = Learned(torch.zeros(self.heads, max_len)) if attention.relative_bias and factor else None
 
     def forward(
         self, samples: Sequence[Tensor], x_ND: Tensor, s_ND: Tensor, rows: Rows
     ) -> tuple[tuple[Logits, ...], dict[str, Tensor]]:
         """Logits of each of `samples` (g [M, H, K]), with keys and bias common to them; and κ for diagnostics."""
-        kappa_H1, statistics = self.kappa[:, None], {"kappa": self.kappa.detach().clone()}
+        kappa_H1 = self.kappa()[:, None]
+        statistics = {"kappa": kappa_H1.detach().flatten()}
         if self.w_v is None:
             return tuple(Logits(offset_MHK=kappa_H1 * g_MHK) for g_MHK in samples), statistics
         key_NHR = split_heads(self.w_v(s_ND, x_ND), self.heads)
-        # A copy: where parameters are partitioned, they exist only while this forward runs.
-        bias_H1K = self.bias[:, None, : rows.context.layout.width].clone() if self.bias is not None else None
+        bias_H1K = self.bias()[:, None, : rows.context.layout.width] if self.bias is not None else None
         scale_H1 = kappa_H1 / math.sqrt(key_NHR.shape[-1])
         if self.w_q is not None:
             projected_MHR = split_heads(self.w_q(rows.take(x_ND)), self.heads)

@@ -95,7 +95,13 @@ class DiffusionAttention(GeneratedAttention):
     diffusion_steps: int = Field(50, ge=1, description="T")
     schedule: Literal["linear", "cosine"] = "linear"
     train_sampler: Literal["one_step", "unrolled"] = "one_step"
-    rec_mix: float = Field(0.5, ge=0, le=1, description="rho: share of sequences ranked through the denoised map.")
+    rec_mix: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="rho: share of sequences ranked through the denoised map. At 1 the decoder, whose g_0 is then "
+        "never ranked, stays as it was initialised.",
+    )
     diffused_share: float | None = Field(
         None,
         gt=0,
@@ -109,7 +115,9 @@ class DiffusionAttention(GeneratedAttention):
     sampling_steps: int = Field(4, ge=1, description="S: DDIM steps at inference.")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM noise: 0 deterministic given R_T, 1 ancestral.")
     sample_blocks: Literal["all", "last"] = Field(
-        "all", description="Blocks that sample at inference; the others use the mean map."
+        "all",
+        description="Blocks that sample at inference; the others use the mean map. A map that all blocks share is "
+        "sampled.",
     )
     literal: bool = Field(False, description="Diffuse g_0 itself: m = 0, sigma = 1.")
 
@@ -125,6 +133,13 @@ class DiffusionAttention(GeneratedAttention):
                 f"diffused_share={self.diffused_share} is less than rec_mix={self.rec_mix}: sequences ranked through "
                 f"the denoised map are among the diffused ones; set diffused_share to at least {self.rec_mix}"
             )
+        if self.rec_mix == 0 and self.train_sampler == "unrolled":
+            raise ValueError(
+                "train_sampler=unrolled with rec_mix=0: all T steps would run and nothing be ranked by what they give; "
+                "use train_sampler=one_step, or rec_mix above 0"
+            )
+        if self.rec_mix == 0 and self.gamma == 0:
+            raise ValueError("gamma=0 with rec_mix=0: nothing would train the denoiser; set one of them above 0")
         schedule.check(self.schedule, self.diffusion_steps)
         return self
 

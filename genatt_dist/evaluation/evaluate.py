@@ -102,7 +102,7 @@ def sampling_context(
 ) -> Context:
     """The context of a forward pass that samples for these users; their noise hangs on the run's seed and the user."""
     layout, root = histories.layout, int(derive(config.training.seed, int(Purpose.REQUEST)))
-    num_tokens = torch.tensor(float(len(layout.row_N)), device=histories.items_N.device)
+    num_tokens = torch.full((), len(layout.row_N), dtype=torch.float32, device=histories.items_N.device)
     return Context(
         layout,
         NoiseKey.make(root, 0, histories.user_B, layout.row_N, layout.position_N),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
@@ -55,6 +56,7 @@ class _Gru(torch.autograd.Function):
         return h_ND
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = grad_outputs
         x_ND, w_ih, w_hh, gates_ND, inner_ND, before_ND = ctx.saved_tensors

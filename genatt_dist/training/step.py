@@ -16,6 +16,7 @@ Legend: B sequences, N positions, M window items, D width, K samples of the map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -89,7 +90,7 @@ class DenseModel(nn.Module):
         context = Context(
             layout=_repeated(batch.layout, samples),
             noise=noise,
-            num_tokens=torch.tensor(float(samples * batch.num_tokens), device=rows.device),
+            num_tokens=torch.full((), samples * batch.num_tokens, dtype=torch.float32, device=rows.device),
             total=total,
         )
         output = self.backbone(inputs_ND.repeat(samples, 1) if samples > 1 else inputs_ND, context)
@@ -196,4 +197,4 @@ def _repeated(layout: Jagged, times: int) -> Jagged:
 
 
 def _log_mean_exp(x_KN: Tensor) -> Tensor:
-    return x_KN.logsumexp(0) - torch.log(torch.tensor(float(len(x_KN)), device=x_KN.device))
+    return x_KN.logsumexp(0) - math.log(len(x_KN))

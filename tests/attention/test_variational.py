@@ -67,7 +67,7 @@ def test_kappa_is_applied_after_the_query_projection(make_context):
     generator, context = Variational(model_of(config, heads=2), config, 5, 0).eval(), make_context(5, 3)
     x, s = torch.randn(2, 8, 8)
     before = generator(x, s, context).samples[0].query_MHR
-    generator.logits.kappa.data = torch.tensor([2.0, 3.0])
+    generator.logits.kappa.value.data = torch.tensor([2.0, 3.0])
     after = generator(x, s, context).samples[0].query_MHR
     torch.testing.assert_close(after, before * torch.tensor([2.0, 3.0])[:, None])
 

@@ -26,6 +26,12 @@ DIFFUSION_MATRIX = f"model.attention={{type: diffusion, {_SMALL}, diffusion_step
 DIFFUSION_UNROLLED = (
     f"model.attention={{type: diffusion, {_SMALL}, diffusion_steps: 3, sampling_steps: 2, train_sampler: unrolled}}"
 )
+POSITIONAL = "model.attention={type: positional}"
+GRU = "model.attention={type: gru}"
+NOISY = "model.attention={type: noisy_dot_product}"
+DETERMINISTIC = f"model.attention={{type: deterministic, {_SMALL}}}"
+HYBRID_VARIATIONAL = f"model.attention={{type: hybrid, generator: {{type: variational, {_SMALL}}}}}"
+HYBRID_MATRIX = f"model.attention={{type: hybrid, generator: {{type: diffusion, {_SMALL}, form: matrix}}}}"
 
 BCE = "loss.kind=bce"
 POPULARITY = "loss.proposal=popularity"
@@ -119,6 +125,25 @@ def test_two_accumulated_batches_are_one_batch_of_both(
 ) -> None:
     """The reference sums the gradients of two global batches, each divided by the tokens of both."""
     _claim(make_config(REPLICATED, FULL, "training.accumulation_steps=2", "training.batch_sequences=12", *overrides))
+
+
+SHARED = "model.share_map=true"
+
+
+@_cases(
+    (POSITIONAL, _stage(3)),
+    (GRU, _stage(3)),
+    (NOISY, _stage(3), SHARED),
+    (DETERMINISTIC, _stage(2)),
+    (HYBRID_VARIATIONAL, _stage(3), SHARED),
+    (HYBRID_MATRIX, _stage(3)),
+    (DIFFUSION, _stage(3), SHARED),
+)
+def test_controls_hybrids_and_shared_maps_follow_plain_pytorch(
+    make_config: Callable[..., RunConfig], overrides: tuple[str, ...]
+) -> None:
+    """With parameters partitioned where the stage does so: each must be whole when its gradient arrives."""
+    _claim(make_config(SGD, POPULARITY, *overrides))
 
 
 @_cases((VARIATIONAL,), (DIFFUSION,))

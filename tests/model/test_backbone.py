@@ -195,6 +195,26 @@ def test_parameters_are_used_only_inside_their_modules_forward(name, training):
 
 
 @every_attention
+@pytest.mark.parametrize("shared", [False, True])
+def test_modules_with_parameters_of_their_own_return_bare_tensors(name, shared):
+    """Partitioned parameters are gathered for the backward through the tensors that a forward returns, and none is
+    found inside a dataclass."""
+    if shared and name == "gru":
+        pytest.skip("the GRU control has no map to share")
+    model, strangers = backbone(name, share_map=shared).train(), []
+
+    def look(module, _, output):
+        if not all(isinstance(part, torch.Tensor) for part in (output if isinstance(output, tuple) else (output,))):
+            strangers.append(type(module).__name__)
+
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_hook(look)
+    model(torch.cat(rows()), context())
+    assert strangers == []
+
+
+@every_attention
 def test_rows_of_a_map_sum_to_one_over_the_past(name):
     model, one = backbone(name, heads=2).eval(), context()
     for generated in model(torch.cat(rows()), one).maps if name != "gru" else ():
