@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,13 @@ def context_of(lengths: list[int], device: str = "cpu", step: int = 0) -> Contex
 # --- the denoising kernel ---------------------------------------------------------------------------------------------
 
 
-def denoise(repeats: int) -> list[dict[str, Any]]:
+def denoise(repeats: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of the plain sampler and of the kernel, for M rows and S steps."""
     if not torch.cuda.is_available():
         raise GenattError(
             "benchmarks.kernels denoise needs a CUDA device and torch sees none: run it on a machine that has one; "
             "`resources` and `compile` run without"
         )
-    rows: list[dict[str, Any]] = []
     for form, dtype, sequences, steps in product(
         ("factor", "matrix"), (torch.float32, torch.bfloat16), (1, 16, 256, 2048), (1, 4, 10, 50)
     ):
@@ -74,15 +73,14 @@ def denoise(repeats: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             plain, fused, why = _samplers(form, dtype, sequences, steps)
             if why is not None:
-                rows.append(row | {"status": why})
+                yield row | {"status": why}
                 continue
             for _ in range(3):  # compiles, and fills caches
                 plain(), fused()
             turns = [(_milliseconds(plain), _milliseconds(fused)) for _ in range(repeats)]
             times = [statistics.median(times) for times in zip(*turns, strict=True)]
         ratio = statistics.median(before / after for before, after in turns)
-        rows.append(row | {"status": "ok", "plain_ms": times[0], "kernel_ms": times[1], "speedup": ratio})
-    return rows
+        yield row | {"status": "ok", "plain_ms": times[0], "kernel_ms": times[1], "speedup": ratio}
 
 
 def _samplers(
@@ -160,29 +158,25 @@ def compiled(plan: kernels.Plan, capability: int) -> Any:
     return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources() -> list[dict[str, Any]]:
+def resources() -> Iterator[dict[str, Any]]:
     """Shared memory (bytes a program), registers and spilt bytes (a thread) of every plan."""
-    rows = []
     for capability, (dtype, precision), columns in product(
         BUILDS, ((torch.float32, "bf16x6"), (torch.float32, "tf32"), (torch.bfloat16, "tf32")), ENTRIES
     ):
         plan = kernels.Plan(dtype, GENERATOR, columns, precision)
         kernel = compiled(plan, capability)
         registers, stack = _registers(kernel.asm["cubin"])
-        rows.append(
-            {
-                "capability": capability,
-                "like": BUILDS[capability],
-                "dtype": str(dtype).removeprefix("torch."),
-                "precision": precision if dtype is torch.float32 else "bf16",
-                "entries": columns,
-                "shared_bytes": kernel.metadata.shared,
-                "shared_bytes_planned": plan.shared_bytes,
-                "registers": registers,
-                "spilt_bytes": stack,
-            }
-        )
-    return rows
+        yield {
+            "capability": capability,
+            "like": BUILDS[capability],
+            "dtype": str(dtype).removeprefix("torch."),
+            "precision": precision if dtype is torch.float32 else "bf16",
+            "entries": columns,
+            "shared_bytes": kernel.metadata.shared,
+            "shared_bytes_planned": plan.shared_bytes,
+            "registers": registers,
+            "spilt_bytes": stack,
+        }
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:
@@ -202,7 +196,7 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 # --- torch.compile on the CPU -----------------------------------------------------------------------------------------
 
 
-def compile_(repeats: int) -> list[dict[str, Any]]:
+def compile_(repeats: int) -> Iterator[dict[str, Any]]:
     """Forward and backward of the backbone in training, eager and compiled.
 
     The keyed noise stays eager: Dynamo 2.13 cannot follow the 64-bit arithmetic of its Python integers, and Inductor
@@ -214,11 +208,9 @@ def compile_(repeats: int) -> list[dict[str, Any]]:
         if getattr(module, name, None) is draw:
             setattr(module, name, torch.compiler.disable(draw))
     torch._dynamo.config.suppress_errors = True
-    return [
-        _compile_row(attention, rate, pools, repeats)
-        for attention, rate in (("diffusion", 0.5), ("dot_product", 0.5), ("dot_product", 0.0))
-        for pools in ((MAX_LEN,), (6, 9, 16, 30))
-    ]
+    for attention, rate in (("diffusion", 0.5), ("dot_product", 0.5), ("dot_product", 0.0)):
+        for pools in ((MAX_LEN,), (6, 9, 16, 30)):
+            yield _compile_row(attention, rate, pools, repeats)
 
 
 def _compile_row(attention: str, rate: float, pools: tuple[int, ...], repeats: int) -> dict[str, Any]:
@@ -279,7 +271,10 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         run = {"denoise": denoise, "compile": compile_, "resources": lambda repeats: resources()}[arguments.what]
-        rows = run(arguments.repeats)
+        rows = []
+        for row in run(arguments.repeats):
+            console.print(row)
+            rows.append(row)
     except GenattError as error:
         raise SystemExit(f"error: {error}") from None
     result = {
@@ -293,8 +288,6 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    for row in rows:
-        console.print(row)
 
 
 if __name__ == "__main__":

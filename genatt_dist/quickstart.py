@@ -80,6 +80,7 @@ def _prepare(source: str, out: Path) -> None:
 
 def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     from genatt_dist.data.sequences import Sequences
+    from genatt_dist.evaluation.collect import ranking_only
     from genatt_dist.evaluation.popularity import evaluate_popularity
     from genatt_dist.evaluation.run import evaluate_run, protocol
 
@@ -93,8 +94,8 @@ def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, d
             {
                 "name": attention,
                 "seed": config.training.seed,
-                "valid": _ranking_only(summary["valid"]),
-                "test": _ranking_only(test),
+                "valid": ranking_only(summary["valid"]),
+                "test": ranking_only(test),
                 "train": summary["train"],
             }
         )
@@ -108,8 +109,3 @@ def _evaluate(config: configuration.RunConfig, out: Path, summaries: dict[str, d
         "protocol": protocol(config, sequences),
         "models": models,
     }
-
-
-def _ranking_only(metrics: dict[str, float]) -> dict[str, float]:
-    """Without the attention statistics, which the report plots from metrics.jsonl."""
-    return {name: value for name, value in metrics.items() if "/" not in name}

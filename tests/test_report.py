@@ -272,6 +272,7 @@ def test_missing_and_nan_metrics_are_dashes(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.count("–") == 3  # the two, and the ratio
     assert "NaN" not in page.scripts[-1]
+    assert json.loads((tmp_path / "report.json").read_text())["models"][0]["test"]["mrr"] is None
 
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
@@ -288,6 +289,57 @@ def test_models_at_several_seeds_are_told_apart(tmp_path: Path) -> None:
     report["models"][2]["seed"] = 1
     write_report(report, {}, tmp_path)
     assert "diffusion (seed 1)" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_paired_comparisons_are_shown_by_family_and_metric(tmp_path: Path) -> None:
+    report = make_report("dot_product", "variational")
+    row = {
+        "arm": "variational", "against": "dot_product", "value": 0.055, "reference": 0.05, "difference": 0.005,
+        "relative": 0.1, "standard_error": 0.001, "low": 0.003, "high": 0.007, "p": 0.0123, "p_holm": 0.0246,
+    }  # fmt: skip
+    other = row | {"relative": None, "difference": -0.0021, "p": 0.4321, "p_holm": 0.8642}
+    report["comparisons"] = {
+        "split": "test",
+        "metrics": ["recall@10", "ndcg@10"],
+        "bootstrap": {"resamples": 10_000, "confidence": 0.95, "seed": 0},
+        "correction": "Holm, over the tests of a family on one metric",
+        "families": [
+            {"question": "every arm against dot product", "rows": [other | {"metric": "recall@10"},
+                                                                   row | {"metric": "ndcg@10"}]},
+            {"question": "no arm against none", "rows": []},
+        ],
+    }  # fmt: skip
+    write_report(report, {}, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert "Paired comparisons" in text
+    shown = text[text.index("every arm against dot product") :]
+    for part in ("+0.0050", "+10.0%", "+0.0030, +0.0070", "0.0123", "0.0246", "-0.0021", "0.8642", "10,000"):
+        assert part in shown
+    assert shown.index("+0.0050") < shown.index("-0.0021")  # NDCG@10 comes first
+    assert "no arm against none" not in text
+    write_report(make_report("dot_product"), {}, tmp_path)
+    assert "Paired comparisons" not in (tmp_path / "report.html").read_text()
+
+
+def test_noise_of_a_metric_is_of_the_users_evaluated(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "diffusion")
+    report = make_report("diffusion")
+    report["models"][0]["seed"] = 17
+    report["models"][0]["test"]["recall@10"] = 0.1
+    write_report(report, {"diffusion": run}, tmp_path)
+    assert "standard error" not in (tmp_path / "report.html").read_text()  # how many were evaluated is not known
+    (run / "evaluation-test.json").write_text('{"users": 900}')
+    write_report(report, {"diffusion": run}, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "900 users evaluated the standard error of a Recall@10 of 0.100 is about 0.0100" in " ".join(page.text)
+    assert "unpaired" in " ".join(page.text)
+    assert "17" in page.text
+
+
+def test_a_report_that_cannot_be_drawn_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        write_report(make_report("diffusion") | {"steps": [{"mode": "training"}]}, {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_best_of_a_column_is_marked() -> None:

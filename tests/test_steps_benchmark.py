@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks.steps import lengths, targets
 from benchmarks.steps.child import MIB, Alone, Child, Limits, NoMemoryError, environment
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 FULL = Grid().variants()
 SMALL = Variant("training", "diffusion", "factor", "one_step", 5, max_len=8, batch=4, lengths="all_n")
 SERVED = Variant("serving", "diffusion", "factor", "ddim", 5, max_len=8, batch=4, lengths="all_n", sample_blocks="last")
-MACHINE = {"device": "cpu", "threads": 1, "versions": {}}
+MACHINE = {"device": "cpu", "threads": 2, "versions": {}}
 
 
 # --- grid -------------------------------------------------------------------------------------------------------------
@@ -99,6 +100,12 @@ def test_steps_that_are_no_numbers_are_refused_before_anything_is_written(tmp_pa
 
 
 # --- lengths and work -------------------------------------------------------------------------------------------------
+
+
+def test_rows_never_go_where_the_figures_go(tmp_path: Path) -> None:
+    with pytest.raises(GenattError, match=r"rows are JSON.*choose .*rows\.json"):
+        run(tmp_path / "rows.png", True, [], {}, {}, {}, Console())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lengths_follow_the_histogram_of_beauty() -> None:
@@ -240,7 +247,9 @@ def test_targets_are_judged_by_their_own_rows() -> None:
     assert [one["what"] for one in targets.judge(rows) if not one["met"]] == [
         "serving, 2 blocks, sample_blocks=last, S=50"
     ]
-    assert targets.judge([one | {"status": "time_limit"} for one in rows]) == []
+    for change in ({"status": "time_limit"}, {"threads": 1}, {"device": "NVIDIA H100"}):
+        assert targets.judge([one | change for one in rows]) == []
+    assert targets.judge(rows, num_items=60) == []
 
 
 def test_figures_have_a_line_for_each_way_and_no_point_for_what_did_not_fit(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def measure(variants: Sequence[Variant], settings: Settings, out: Path, command:
         for members in cells(variants).values():
             alone = {variant: _alone(variant, limits, settings, turn) for variant in _shuffled(members)}
             rows += _rows(members, alone, _times(alone, settings, turn), machine)
-            result["targets"] = targets.judge(rows)
+            result["targets"] = targets.judge(rows, settings.num_items)
             write(result, out)
             done += sum(expected[variant] for variant in members)
             progress.update(task, completed=done)

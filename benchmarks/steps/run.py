@@ -32,13 +32,15 @@ def run(
     extents: comma-separated numbers by field of Grid, empty for the grid's own; batches likewise, None for its own;
     careful: fields of Settings. Raises GenattError for a word that names nothing, before anything is measured.
     """
+    if out.suffix.lower() == ".png":
+        raise GenattError(f"--out {out}: rows are JSON, and figures get that name: choose {out.with_suffix('.json')}")
     given: dict[str, Any] = {name: _numbers(name, text) for name, text in extents.items() if text}
     given |= {name: size for name, size in batches.items() if size is not None}
     variants = select(replace(QUICK if quick else Grid(), **given).variants(), filters)
     settings = Settings(**careful)
     rows = measure(variants, settings, out, _command(quick, filters, given, settings), console)
     drawn = draw(rows, out.with_suffix(".png"))
-    _print(rows, out, drawn, console)
+    _print(rows, targets.judge(rows, settings.num_items), out, drawn, console)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -61,8 +63,7 @@ def _command(quick: bool, filters: Sequence[str], given: Mapping[str, Any], sett
     return " ".join([*words, "--out FILE"])
 
 
-def _print(rows: Sequence[Row], out: Path, drawn: bool, console: Console) -> None:
-    judged = targets.judge(rows)
+def _print(rows: Sequence[Row], judged: Sequence[Mapping[str, Any]], out: Path, drawn: bool, console: Console) -> None:
     if judged:
         table = Table("target", "at most", "measured", "", title="Time over dot product's, or as named")
         for one in judged:

@@ -12,9 +12,20 @@ from typing import Any
 
 from data_pipeline.errors import GenattError
 from genatt_dist import runs
+from genatt_dist.evaluation.steps_plots import wrong_field
 
 # What must be equal for metrics to stand in one table.
 _SHARED = ("split", "ranking", "exclude_seen", "k_core", "order")
+
+# What an evaluation must hold, by the keys that lead to it; an older program's may not.
+_NEEDED: Mapping[tuple[str, ...], type] = {
+    ("model",): str,
+    ("dataset",): dict,
+    ("dataset", "name"): str,
+    ("dataset", "manifest_hash"): str,
+    ("protocol",): dict,
+    ("metrics",): dict,
+}
 
 
 def collect(paths: Sequence[Path], steps: Path | None = None) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -47,13 +58,21 @@ def _read(run: Path) -> dict[str, Any]:
         evaluation = json.loads((run / "evaluation-test.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise GenattError(f"{run} is not evaluated on test (no evaluation-test.json in it): run `{command}`") from None
-    if "dataset" not in evaluation:
-        raise GenattError(f"{run}: evaluation-test.json does not name its data: run `{command}` again")
+    for keys, what in _NEEDED.items():
+        if not isinstance(_at(evaluation, keys), what):
+            raise GenattError(f"{run}: evaluation-test.json has no {'.'.join(keys)}: run `{command}` again")
     if not (run / runs.SUMMARY).exists():
         raise GenattError(
             f"{run} is not trained to its end (no {runs.SUMMARY} in it): go on with `genatt train --resume`"
         )
     return dict(evaluation)
+
+
+def _at(value: Any, keys: Sequence[str]) -> Any:
+    """What lies under the keys, one below the other; None where nothing does."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _check_comparable(first: Path, reference: Mapping[str, Any], path: Path, evaluation: Mapping[str, Any]) -> None:
@@ -94,13 +113,17 @@ def _protocol(protocols: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _model(name: str, run: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    summary = json.loads((run / runs.SUMMARY).read_text(encoding="utf-8"))
+    try:
+        summary = json.loads((run / runs.SUMMARY).read_text(encoding="utf-8"))
+        valid, train = ranking_only(summary["valid"]), dict(summary["train"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise GenattError(f"{run}: {runs.SUMMARY} cannot be read: train the run again") from None
     return {
         "name": name,
         "seed": runs.read_config(run).training.seed,
-        "valid": ranking_only(summary["valid"]),
+        "valid": valid,
         "test": ranking_only(evaluation["metrics"]),
-        "train": summary["train"],
+        "train": train,
     }
 
 
@@ -121,4 +144,10 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise GenattError(f"--steps {path} holds no rows: name a file that `genatt bench steps --out` wrote")
+    for number, row in enumerate(rows, start=1):
+        if field := wrong_field(row):
+            raise GenattError(
+                f"--steps {path}: row {number} is none of `genatt bench steps` (its {field} is "
+                f"{repr(row[field]) if field in row else 'missing'}): name a file that `genatt bench steps --out` wrote"
+            )
     return rows

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 from rich.table import Table
@@ -38,20 +37,26 @@ class Evaluated:
 
 
 def read(run: Path, split: str) -> Evaluated:
-    """What `genatt evaluate RUN --split SPLIT` left. Raises GenattError with that command where it was not run."""
+    """What `genatt evaluate RUN --split SPLIT` left of a finished run; GenattError with the command that is due."""
     runs.read_config(run)
+    evaluate = f"`genatt evaluate {run} --split {split}`"
+    if not (run / runs.SUMMARY).exists():
+        raise GenattError(
+            f"{run} is not trained to its end (no {runs.SUMMARY} in it): run `genatt train {run / runs.CONFIG} "
+            f"--run {run} --resume`, then {evaluate}"
+        )
     try:
         report = json.loads((run / f"evaluation-{split}.json").read_text())
-        ranks = pl.read_parquet(run / f"ranks-{split}.parquet").sort("user_id")
+        ranks = pl.read_parquet(run / f"ranks-{split}.parquet").drop_nulls().sort("user_id")
         model, users, dataset, protocol = (report[key] for key in ("model", "users", "dataset", "protocol"))
-    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError):
-        raise GenattError(f"{run} is not evaluated on {split}: run `genatt evaluate {run} --split {split}`") from None
+        rank_U = ranks["rank"].cast(pl.Int64).to_numpy()
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
+        raise GenattError(f"{run} is not evaluated on {split}: run {evaluate}") from None
     if ranks.height != users:
         raise GenattError(
-            f"{run}: ranks-{split}.parquet has {ranks.height} users, its evaluation {users}: "
-            f"run `genatt evaluate {run} --split {split}` again"
+            f"{run}: ranks-{split}.parquet has {ranks.height} users, its evaluation {users}: run {evaluate} again"
         )
-    return Evaluated(run, model, dataset, protocol, ranks["user_id"], ranks["rank"].to_numpy().astype(np.int64))
+    return Evaluated(run, model, dataset, protocol, ranks["user_id"], rank_U)
 
 
 def check_comparable(reference: Evaluated, other: Evaluated, split: str) -> None:
@@ -86,6 +91,10 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Every run against the first: differences with interval, p and Holm's p over all of them, as plain values."""
     check_metric(metric)
+    places = [path.resolve() for path in paths]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise GenattError(f"{paths[number]} is given twice: name each run once")
     reference, *others = [read(path, split) for path in paths]
     if not others:
         raise GenattError(f"one run alone, {paths[0]}, cannot be compared: name at least two")

@@ -14,6 +14,7 @@ main { max-width: 1200px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .7rem; }
 h3 { font-size: .95rem; margin: 0; }
+section > h3 { margin: 1.1rem 0 .3rem; }
 p { margin: .25rem 0; overflow-wrap: anywhere; }
 figcaption { margin-top: .4rem; }
 .muted, figcaption, summary { color: var(--muted); font-size: .88rem; }

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from genatt_dist.evaluation.compare import cells
 from genatt_dist.evaluation.page import SCRIPT, STYLE
 from genatt_dist.evaluation.plots import Plot, plots
 from genatt_dist.evaluation.report_data import (
@@ -28,6 +29,7 @@ from genatt_dist.evaluation.report_data import (
     number,
     pretty,
     read_models,
+    without_nan,
 )
 
 RATIO = f"× {BASELINE}"
@@ -37,11 +39,13 @@ def write_report(report: dict[str, Any], runs: Mapping[str, Path], out: Path) ->
     """Write out/report.json (the report) and out/report.html (the page).
 
     runs: model name → run directory; metrics.jsonl, environment.json and maps-test.json in it are used where they are
-    there. report["steps"], where it is there, holds rows of `genatt bench steps`.
+    there. report["steps"], where it is there, holds rows of `genatt bench steps`; report["comparisons"] families of
+    paired comparisons, as a study makes them.
     """
+    page = render(report, read_models(report, runs))  # what cannot be drawn leaves nothing behind
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(render(report, read_models(report, runs)), encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(without_nan(report), indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page, encoding="utf-8")
 
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
@@ -88,6 +92,7 @@ def render(report: Mapping[str, Any], models: Sequence[Model]) -> str:
     figures, steps, maps = plots(models), _steps(report), chosen_maps(models)
     sections = [
         _metrics_section(report, models),
+        _comparisons_section(report),
         _warnings_section(models),
         _plots_section("Plots", figures, 0) or "<section><h2>Plots</h2><p>No run wrote metrics to draw.</p></section>",
         _maps_section(models, maps),
@@ -134,15 +139,53 @@ def _metrics_section(report: Mapping[str, Any], models: Sequence[Model]) -> str:
     note = "Best of a column in bold."
     if RATIO in header:
         note += f" {RATIO}: {pretty(HEADLINE)} over {BASELINE}'s."
-    users, recalls = report.get("dataset", {}).get("users"), [model.test.get("recall@10") for model in models]
-    highest = max((recall for recall in recalls if finite(recall)), default=None)
-    if users and highest is not None:
+    scored = [(model.test["recall@10"], model.users) for model in models if finite(model.test.get("recall@10"))]
+    highest, users = max(((recall, users) for recall, users in scored if users), default=(0.0, None))
+    if users:
         error = math.sqrt(highest * (1 - highest) / users)
+        paired = "below" if _families(report) else "of `genatt compare`"
         note += (
-            f" With {users:,} users the standard error of a Recall@10 of {highest:.3f} is about {error:.4f}: "
-            "differences of that size are noise unless a paired test or more seeds say otherwise."
+            f" Over the {users:,} users evaluated the standard error of a Recall@10 of {highest:.3f} is about "
+            f"{error:.4f}. That is unpaired, of one model by itself: whether two models differ, the paired comparison "
+            f"{paired} says, and more seeds."
         )
+    header.insert(1, "seed")
+    for model, row in zip(models, rows, strict=True):
+        row.insert(1, (number(model.seed), False))
     return f'<section><h2>Test metrics</h2>{_table(header, rows)}<p class="muted">{escape(note)}</p></section>'
+
+
+def _families(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The families of paired comparisons that hold any."""
+    return [family for family in (report.get("comparisons") or {}).get("families", []) if family["rows"]]
+
+
+def _comparisons_section(report: Mapping[str, Any]) -> str:
+    """A table for each family and metric; those of other metrics than the first are folded."""
+    families = _families(report)
+    if not families:
+        return ""
+    comparisons = report["comparisons"]
+    bootstrap, parts = comparisons["bootstrap"], []
+    share = f"{bootstrap['confidence']:.0%}"
+    for family in families:
+        parts.append(f"<h3>{escape(family['question'])}</h3>")
+        named = dict.fromkeys(row["metric"] for row in family["rows"])
+        for index, metric in enumerate(sorted(named, key=lambda name: name != HEADLINE)):
+            names = ("difference", "relative", f"{share} interval", "p", "p (Holm)")
+            rows = [
+                [(text, False) for text in (pretty(row["arm"]), pretty(row["against"]), *cells(row))]
+                for row in family["rows"]
+                if row["metric"] == metric
+            ]
+            table = _table(["model", "against", pretty(metric), *names], rows)
+            parts.append(f"<details><summary>{escape(pretty(metric))}</summary>{table}</details>" if index else table)
+    note = (
+        f"Paired by user on {comparisons['split']}: {bootstrap['resamples']:,} bootstrap resamples of users. p (Holm): "
+        f"{comparisons['correction']}. An interval is of these trained models; how far other seeds would move them is "
+        "not in it."
+    )
+    return f'<section><h2>Paired comparisons</h2>{"".join(parts)}<p class="muted">{escape(note)}</p></section>'
 
 
 def _warnings_section(models: Sequence[Model]) -> str:
@@ -248,13 +291,4 @@ def _summary_line(report: Mapping[str, Any]) -> str:
 
 def _json(value: Any) -> str:
     """As a script's literal; "<" is escaped so that no text in the data can end the script element."""
-    return json.dumps(_without_nan(value), separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinities as null: browsers refuse them in JSON."""
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(without_nan(value), separators=(",", ":")).replace("<", "\\u003c")

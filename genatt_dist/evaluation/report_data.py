@@ -39,6 +39,8 @@ class Model:
     test: Mapping[str, float]
     valid: Mapping[str, float]
     train: Mapping[str, Any]
+    seed: int | None = None
+    users: int | None = None  # that were evaluated
     log: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     maps: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +75,8 @@ def read_models(report: Mapping[str, Any], runs: Mapping[str, Path]) -> list[Mod
                 test=entry.get("test") or {},
                 valid=entry.get("valid") or {},
                 train=entry.get("train") or {},
+                seed=entry.get("seed"),
+                users=_read_users(Path(run) / "evaluation-test.json") if run else None,
                 log=_read_log(Path(run) / "metrics.jsonl") if run else {},
                 environment=_read_environment(Path(run) / "environment.json") if run else {},
                 maps=_read_maps(Path(run) / "maps-test.json") if run else {},
@@ -117,6 +121,15 @@ def _read_environment(path: Path) -> dict[str, str]:
         return dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, json.JSONDecodeError):
         return {}
+
+
+def _read_users(path: Path) -> int | None:
+    """How many users the test metrics are means over: not all of a data set have a test target."""
+    try:
+        users = json.loads(path.read_text(encoding="utf-8"))["users"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return users if isinstance(users, int) else None
 
 
 def _read_maps(path: Path) -> dict[str, Any]:
@@ -166,3 +179,12 @@ def number(value: Any) -> str:
 def finite(value: Any) -> TypeGuard[float]:
     """Whether a value is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def without_nan(value: Any) -> Any:
+    """NaN and infinities as None, at any depth: JSON has none, and browsers refuse what Python writes for them."""
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from genatt_dist.data.sequences import Sequences
 from genatt_dist.evaluation.diagnose import diagnose
 from genatt_dist.evaluation.evaluate import Result, evaluate
 from genatt_dist.evaluation.maps import write_maps
+from genatt_dist.evaluation.report_data import without_nan
 
 
 def evaluate_run(
@@ -46,7 +47,7 @@ def evaluate_run(
     }
     write_maps(run / f"maps-{name}.json", trained, split)
     write_ranks(run / f"ranks-{name}.parquet", trained.sequences, result)
-    (run / f"evaluation-{name}.json").write_text(json.dumps(report, indent=2))
+    (run / f"evaluation-{name}.json").write_text(json.dumps(without_nan(report), indent=2))
     return report
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from genatt_dist.evaluation.plots import Plot
-from genatt_dist.evaluation.report_data import COLOURS, pretty
+from genatt_dist.evaluation.report_data import COLOURS, finite, pretty
 
 Row = Mapping[str, Any]
 
@@ -22,6 +22,32 @@ _LEAST_POINTS = 3
 _DASHES = {"unrolled": "dash", "all": "dash"}  # the costlier way to do the same
 _NAMES = {"dot_product": "dot product", "variational": "V-GenAtt", "diffusion": "D-GenAtt"}
 _LAWS = {"all_n": "histories of length n", "beauty": "Beauty's lengths"}
+
+_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "mode": lambda value: value in ("training", "serving"),
+    "lengths": lambda value: value in list(_LAWS),
+    "sampler": lambda value: value is None or isinstance(value, str),
+    "sample_blocks": lambda value: value in (None, "last", "all"),
+    "steps": lambda value: value is None or _is_count(value),
+    "max_len": lambda value: _is_count(value),
+    "batch": lambda value: _is_count(value),
+    "blocks": lambda value: _is_count(value),
+    "softmax": lambda value: isinstance(value, bool),
+    "status": lambda value: isinstance(value, str),
+    "ms_per_step": lambda value: value is None or finite(value),
+    "ratio_to_dot_product": lambda value: value is None or finite(value),
+}
+
+
+def wrong_field(row: Row) -> str | None:
+    """A field that keeps the row from being drawn, absent or of another benchmark; None where all are well."""
+    if [row.get("attention"), row.get("form")] not in [list(way) for way in _COLOURS]:
+        return "attention"
+    return next((name for name, fits in _VALUES.items() if name not in row or not fits(row[name])), None)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def steps_plots(rows: Sequence[Row]) -> list[Plot]:

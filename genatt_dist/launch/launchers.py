@@ -1,11 +1,12 @@
 """The same worker under three launchers: a single process, torchrun, or the deepspeed launcher.
 
 `launch` starts it with the allocator and thread settings it needs, passes signals on, and ends the whole process group
-it made.
+it made. Where it is killed outright, the kernel ends what it had started: no worker trains on unseen.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from genatt_dist.launch.limits import available_cores
 
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> None:
@@ -37,7 +39,10 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
         if 0 < gpus < world_size:
             print(f"note: {world_size} ranks on the CPU: {gpus} GPU(s) are here, and a rank needs one", file=sys.stderr)
     process = subprocess.Popen(
-        _COMMANDS[launcher](world_size, arguments, environment), env=environment, start_new_session=True
+        _COMMANDS[launcher](world_size, arguments, environment),
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_ends_with_parent(),
     )
     try:
         with _sigterm_raises():
@@ -49,6 +54,23 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
         raise GenattError(
             f"training in {run} ended with exit code {code} under launcher={launcher}; its messages are above"
         )
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """For a child to call before it becomes its program: it gets SIGTERM when this process is gone, however it went.
+
+    SIGTERM and not SIGKILL, so that torchrun and deepspeed end their ranks too. None where the kernel is not Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()  # loaded here: a forked child should do as little as possible
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # gone before the kernel was asked
+            os._exit(1)
+
+    return ask
 
 
 @contextmanager

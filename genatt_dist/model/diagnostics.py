@@ -42,7 +42,8 @@ def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statist
     kl_mean: a vector, KL of each latent dimension in nat. active_units: how many of them are above ACTIVE.
     kappa, alpha: vectors, one number a head. residual_scale: ς. alpha_bar_T: ᾱ_T of the schedule.
 
-    active_units and between_users are numbers of the global batch: `context.total` is called, so every part must call
+    What only rows i ≥ 1 tell is left out where the global batch has none. active_units and between_users are numbers of
+    the global batch: `context.total` is called, so every part must call
     this function once. Their sums hold the number itself, their counts 1.
     """
     training = backbone.training
@@ -56,14 +57,18 @@ def statistics(backbone: Backbone, rows_ND: Tensor, context: Context) -> Statist
     for index in own_maps(first.maps):
         one = first.maps[index]
         a_BHnn, b_BHnn = (attention_map(output.maps[index], context.layout).float() for output in (first, second))
-        block = _entropy(a_BHnn, context.layout) | _generator(one, context) | _schedule(backbone, one)
+        block = _generator(one, context) | _schedule(backbone, one)
         variation = _variation(a_BHnn, b_BHnn, context.layout)
-        # Asked of all parts together, so that each has the same names: a deterministic attention has no such numbers,
-        # a generator that became deterministic has, and they are its failure sign.
+        # Asked of all parts together, so that each has the same names. Histories of one item each have no row with a
+        # choice, and a mean over none is no number.
         moved, counted = context.total(torch.stack(variation))
-        if moved > ROUNDING * counted or "kl_Z" in one.statistics:
-            block["total_variation"] = variation
-            block["between_users"] = between_users(a_BHnn, b_BHnn, context, backbone.max_len)
+        if counted:
+            block = _entropy(a_BHnn, context.layout) | block
+            # A deterministic attention has no such numbers, a generator that became deterministic has, and they are
+            # its failure sign.
+            if moved > ROUNDING * counted or "kl_Z" in one.statistics:
+                block["total_variation"] = variation
+                block["between_users"] = between_users(a_BHnn, b_BHnn, context, backbone.max_len)
         result |= {f"{name}/block{index}": pair for name, pair in block.items()}
     return result
 

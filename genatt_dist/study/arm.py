@@ -14,7 +14,7 @@ from data_pipeline.errors import GenattError
 from genatt_dist import runs
 from genatt_dist.config import RunConfig
 from genatt_dist.study import plan
-from genatt_dist.study.paths import PLAN, SPLIT, finished, run_of
+from genatt_dist.study.paths import PLAN, SPLIT, finished, inferences_left, refuse_foreign, run_of
 
 USER_ERROR = 2
 
@@ -38,11 +38,13 @@ def work(study: plan.Study, out: Path, name: str) -> None:
         from genatt_dist.study.calibrate import match
 
         match(study, out, name, complete).rename(run)
-    if not finished(out, name):
-        from genatt_dist.evaluation.run import evaluate_run
+    if inferences_left(run, study.arms[name].also_infer):
         from genatt_dist.study.inference import evaluate_also
 
         evaluate_also(study.arms[name], run)
+    if not finished(out, name):
+        from genatt_dist.evaluation.run import evaluate_run
+
         evaluate_run(run, SPLIT)  # last: this is what finishes an arm
 
 
@@ -51,6 +53,7 @@ def complete(config: RunConfig, run: Path) -> None:
     if (run / runs.SUMMARY).exists():
         return
     resume = any(path.parent.suffix != ".tmp" for path in run.glob("checkpoints/step-*/COMPLETE"))
+    refuse_foreign(run)
     if run.exists() and not resume:
         shutil.rmtree(run)  # stopped before its first checkpoint: nothing to go on from
     runs.train(config, run, resume=resume)

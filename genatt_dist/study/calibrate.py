@@ -38,8 +38,11 @@ _HALVINGS = 60
 
 @torch.no_grad()
 def total_variation(trained: Trained, users: int) -> float:
-    """½ Σ_j |a_ij − b_ij| between two samples of each map: mean over rows i ≥ 1 of the first `users` validation users'
+    """½ Σ_j |a_ij − b_ij| between two samples of each map: mean over rows i ≥ 1 of the first validation users'
     histories, then over blocks. The draws are keyed, so that the same model gives the same figure.
+
+    users: how many at least. Whole batches are measured, nearly equal ones of at most 512 users, hence up to one batch
+    more than asked: with 2,048 of amazon-beauty's 22,363, five batches of 509.
     """
     config, backbone = trained.config, trained.backbone
     variation: dict[int, list[Tensor]] = {}

@@ -9,7 +9,7 @@ from genatt_dist.config import ModelConfig
 from genatt_dist.evaluation.evaluate import evaluate
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.serving.trained import Trained, load
-from genatt_dist.study.paths import OTHER_INFERENCE, SPLIT, read_json, write_json
+from genatt_dist.study.paths import OTHER_INFERENCE, SPLIT, inferences_left, read_json, write_json
 from genatt_dist.study.plan import Arm, with_attention
 
 
@@ -25,9 +25,7 @@ def evaluate_also(arm: Arm, run: Path) -> None:
     """Rank the test targets under each of the arm's other inferences; what is there already is kept."""
     path = run / OTHER_INFERENCE
     done = read_json(path) or {}
-    for name, attention in arm.also_infer.items():
-        if done.get(name, {}).get("attention") == attention:
-            continue
+    for name, attention in inferences_left(run, arm.also_infer).items():
         trained = load(run)
         trained = under(trained, with_attention(trained.config, attention, name).model)
         of = (trained.backbone, trained.table, trained.sequences, SPLIT, trained.config, trained.device)

@@ -18,8 +18,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig, Section
+from genatt_dist.study.paths import RESERVED
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 _NOISE_TO_BE_FOUND = 1.0  # stands in where a configuration is only checked
 
 
@@ -30,7 +31,9 @@ class MatchNoise(Section):
     target: str = Field(description="Arm whose total variation between two samples of a map is to be met.")
     tolerance: float = Field(0.1, gt=0, lt=1, description="Largest relative distance to the target after training.")
     rounds: int = Field(3, ge=1, description="Trainings at most; each later sigma is found on the one before.")
-    users: int = Field(2048, ge=1, description="Validation users that the total variation is measured on.")
+    users: int = Field(
+        2048, ge=1, description="Validation users that the total variation is measured on, up to the end of a batch."
+    )
 
 
 class Arm(Section):
@@ -49,13 +52,16 @@ class Arm(Section):
 
 
 class Comparisons(Section):
-    """Paired comparisons of the finished arms, in two families that Holm's correction is applied to: every arm with
-    the reference, and every claim with every arm that is none.
+    """Paired comparisons of the arms, in two families that have no test in common and that Holm's correction is
+    applied to: every arm with the reference, and every claim with every control.
     """
 
     reference: str
     claims: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("ndcg@10", "recall@10", "mrr")
+    controls: tuple[str, ...] | None = Field(
+        None, description="Default: every arm that is neither the reference nor a claim."
+    )
+    metrics: tuple[str, ...] = Field(("ndcg@10", "recall@10", "mrr"), min_length=1)
     resamples: int = Field(10_000, ge=100)
     confidence: float = Field(0.95, gt=0, lt=1)
     seed: int = Field(0, ge=0)
@@ -83,19 +89,38 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         for name in self.arms:
-            if not re.match(NAME, name):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(f"arm {name!r} is no directory name: use letters, digits, _ and -")
-        named = {"comparisons.reference": [self.comparisons.reference], "comparisons.claims": self.comparisons.claims}
+            if name in RESERVED:
+                raise ValueError(f"arm {name!r} has the name of a directory that the study keeps: choose another name")
+        compared = self.comparisons
+        named: dict[str, Sequence[str]] = {
+            "comparisons.reference": [compared.reference],
+            "comparisons.claims": compared.claims,
+            "comparisons.controls": compared.controls or (),
+        }
         named |= {f"arms.{name}.match_noise": arm.needs for name, arm in self.arms.items()}
         for where, names in named.items():
             for name in names:
                 if name not in self.arms:
                     raise ValueError(f"{where} names {name!r}, which is no arm: use {', '.join(self.arms)}")
+        roles = [compared.reference, *compared.claims, *(compared.controls or ())]
+        for name in roles:
+            if roles.count(name) > 1:
+                raise ValueError(f"comparisons names {name!r} twice: an arm is the reference, a claim or a control")
         try:
             TopologicalSorter({name: arm.needs for name, arm in self.arms.items()}).prepare()
         except CycleError as error:
             raise ValueError(f"arms need each other in a circle: {' → '.join(error.args[1])}") from None
         return self
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """What the claims are held against beside the reference."""
+        asked = self.comparisons
+        if asked.controls is not None:
+            return asked.controls
+        return tuple(name for name in self.arms if name != asked.reference and name not in asked.claims)
 
     def config(self, name: str, noise: float | None = None) -> RunConfig:
         """The run of an arm; `noise` is the sigma that an arm with `match_noise` was given.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,17 @@ from data_pipeline.errors import GenattError
 from genatt_dist import runs
 from genatt_dist.launch.launchers import worker_environment
 from genatt_dist.study import plan
-from genatt_dist.study.paths import PLAN, calibration_of, finished, log_of, read_json, round_of, run_of
+from genatt_dist.study.paths import (
+    PLAN,
+    calibration_of,
+    finished,
+    inferences_left,
+    log_of,
+    read_json,
+    refuse_foreign,
+    round_of,
+    run_of,
+)
 from genatt_dist.study.plan import Study
 
 _ARM = "genatt_dist.study.arm"
@@ -36,14 +47,23 @@ _GRACE_SECONDS = 30  # an arm's launcher takes up to 20 to end its workers
 _BESIDE_TRAINING_SECONDS = 3600
 _UNLIMITED_TRAINING_SECONDS = 7 * 86_400
 
-_ERROR = "error: "
+_GONE_SECONDS = 5  # what a killed process may take to be gone
+_LOOK_SECONDS = 0.05
+
+_ERROR, _LAUNCHER_ERROR = "error: ", "its messages are above"
+_TRACEBACK = "Traceback (most recent call last):"
+_RANK = re.compile(r"^\[rank\d+\]: ?")  # what torch puts before each line of a traceback
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 
 @dataclass
 class Job:
-    """An arm in the queue. seconds: wall time in this queue; error: one line, of a failed one."""
+    """An arm in the queue. seconds: wall time in this queue; error: one line, of a failed one.
+
+    family: what its process was last seen to have started; log_begin: bytes that earlier processes of the arm printed.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -54,6 +74,8 @@ class Job:
     started: float = 0.0
     ended: float = 0.0
     process: subprocess.Popen[bytes] | None = None
+    family: set[psutil.Process] = field(default_factory=set)
+    log_begin: int = 0
 
     @property
     def seconds(self) -> float:
@@ -74,21 +96,18 @@ def run(
     configuration, an arm whose needs are neither named nor finished, missing data, a directory in use.
     """
     check(study, out, names)
-    out.mkdir(parents=True, exist_ok=True)
-    with _lock(out) as lock:
+    with _lock(out) as lock, _signals_noted() as raise_noted:
         _write_plan(study, out)
         queue = [_job(study, out, name, jobs) for name in names]
         try:
-            with _sigterm_raises():
-                while any(job.state in (WAITING, RUNNING) for job in queue):
-                    _step(queue, out, jobs, lock)
-                    watch(queue)
-                    if any(job.state == RUNNING for job in queue):
-                        time.sleep(_POLL_SECONDS)
+            while any(job.state in (WAITING, RUNNING) for job in queue):
+                _step(queue, study, out, jobs, lock)
+                watch(queue)
+                if any(job.state == RUNNING for job in queue):
+                    time.sleep(_POLL_SECONDS)
+                raise_noted()
         finally:
-            for job in queue:
-                if job.process is not None and job.process.poll() is None:
-                    _end(job.process)
+            _end([job for job in queue if job.state == RUNNING])
     watch(queue)
     return queue
 
@@ -117,6 +136,7 @@ def check_unchanged(study: Study, out: Path, name: str) -> None:
         begun = [(run_of(out, name), record.get("noise"))]
         begun += [(round_of(out, name, number), noise) for number, noise in enumerate(rounds, 1)]
     for path, noise in begun:
+        refuse_foreign(path)
         if (path / runs.CONFIG).exists():
             theirs, ours = runs.read_config(path), study.config(name, noise)
             _same(out, name, theirs.model_dump(mode="json"), ours.model_dump(mode="json"))
@@ -142,8 +162,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_plan(study: Study, out: Path) -> None:
     temporary = out / f".{PLAN}"
-    temporary.write_text(plan.dump(study))
-    temporary.rename(out / PLAN)
+    try:
+        temporary.write_text(plan.dump(study))
+        temporary.rename(out / PLAN)
+    except OSError as error:
+        raise _unwritable(out, error) from None
+
+
+def _unwritable(out: Path, error: OSError) -> GenattError:
+    return GenattError(f"cannot write study directory {out}: {error.strerror}; choose another --out")
 
 
 def _job(study: Study, out: Path, name: str, jobs: int) -> Job:
@@ -152,17 +179,22 @@ def _job(study: Study, out: Path, name: str, jobs: int) -> Job:
     # An epoch that was begun is ended: at most twice the cap, for any cap that makes sense.
     limit = 2 * training * (arm.match_noise.rounds if arm.match_noise else 1) + _BESIDE_TRAINING_SECONDS
     environment = worker_environment(os.environ, jobs * config.world_size)
-    return Job(name, arm.needs, limit, environment, DONE if finished(out, name) else WAITING)
+    return Job(name, arm.needs, limit, environment, DONE if _complete(study, out, name) else WAITING)
 
 
-def _step(queue: Sequence[Job], out: Path, jobs: int, lock: IO[str]) -> None:
+def _complete(study: Study, out: Path, name: str) -> bool:
+    """Whether nothing is left to do for the arm: other inferences may be asked for after it was finished."""
+    return finished(out, name) and not inferences_left(run_of(out, name), study.arms[name].also_infer)
+
+
+def _step(queue: Sequence[Job], study: Study, out: Path, jobs: int, lock: IO[str]) -> None:
     """End what has ended, start what may start."""
     named = {job.name: job for job in queue}
     for job in queue:
         before = [named[name] for name in job.needs if name in named]  # what is not here was finished before
         failed = [other.name for other in before if other.state == FAILED]
         if job.state == RUNNING:
-            _look_at(job, out)
+            _look_at(job, study, out)
         elif job.state == WAITING and failed:
             job.state, job.error = FAILED, f"needs {', '.join(failed)}, which failed"
         elif (
@@ -177,6 +209,7 @@ def _start(job: Job, out: Path, lock: IO[str]) -> None:
     log = log_of(out, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
+        job.log_begin = file.tell()
         # A session of its own: Ctrl-C reaches the queue alone, which then ends its arms in order.
         job.process = subprocess.Popen(
             [sys.executable, "-m", _ARM, str(out), job.name],
@@ -191,44 +224,98 @@ def _start(job: Job, out: Path, lock: IO[str]) -> None:
     print(f"{job.process.pid} {job.name}", file=lock, flush=True)
 
 
-def _look_at(job: Job, out: Path) -> None:
+def _look_at(job: Job, study: Study, out: Path) -> None:
     assert job.process is not None
     code = job.process.poll()
     if code is None and job.seconds <= job.limit:
+        _see_family(job)
         return
+    _end([job])  # also what an arm that is gone has left
     if code is None:
-        _end(job.process)
         job.error = f"was ended after {job.seconds:,.0f} s, more than its training.max_seconds allows for"
-    elif code or not finished(out, job.name):
-        job.error = _last_error(log_of(out, job.name)) or f"ended with exit code {code}"
+    elif code or not _complete(study, out, job.name):
+        job.error = _reason(log_of(out, job.name), job.log_begin) or _ending(code)
     job.state, job.ended = FAILED if job.error else DONE, time.monotonic()
 
 
-def _last_error(log: Path) -> str:
-    """What an arm said of its failure. Where its worker told the reason, that is the line before the arm's own."""
-    *_, before, last = ["", "", *(line for line in log.read_text(errors="replace").splitlines() if line.strip())]
-    return (before if before.startswith(_ERROR) else last).removeprefix(_ERROR)
+def _reason(log: Path, begin: int) -> str | None:
+    """What an arm that began at byte `begin` of the log said of its failure: the last `error:` line, or the last line
+    of a traceback. A launcher's word that its worker failed gives way to the worker's own.
+    """
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").splitlines()
+    reasons: list[str] = []
+    in_traceback = False
+    for line in (_RANK.sub("", line) for line in lines):
+        if line.startswith(_ERROR):
+            reasons.append(line.removeprefix(_ERROR))
+        elif line.startswith(_TRACEBACK):
+            in_traceback = True
+        elif in_traceback and line.strip() and not line[0].isspace():
+            reasons.append(line)
+            in_traceback = False
+    if len(reasons) > 1 and reasons[-1].endswith(_LAUNCHER_ERROR):
+        reasons.pop()
+    return reasons[-1] if reasons else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End an arm politely, so that it ends its workers; then for certain, with whatever it had started."""
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"ended by signal {-code}"
+    return f"ended with exit code {code}" + ("" if code else ", but without its results")
+
+
+def _see_family(job: Job) -> None:
+    """Note what the arm has started while it lives: of one that was killed, nobody can tell any more."""
+    assert job.process is not None
+    with suppress(psutil.Error):
+        seen = psutil.Process(job.process.pid).children(recursive=True)
+        job.family = {member for member in job.family if member.is_running()} | set(seen)
+
+
+def _end(jobs: Sequence[Job]) -> None:
+    """End arms politely and all at one time, so that each ends its workers; then for certain, with all they started."""
+    processes = [job.process for job in jobs if job.process is not None]
+    for job in jobs:
+        if job.process is not None and job.process.poll() is None:
+            _see_family(job)
+            job.process.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(_LOOK_SECONDS, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait(_GRACE_SECONDS)
+    _kill([member for job in jobs for member in job.family])
+
+
+def _kill(members: Sequence[psutil.Process]) -> None:
+    """psutil compares start times too: an id that passed to another process is left alone."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    while (living := [member for member in members if _lives(member)]) and time.monotonic() < deadline:
+        for member in living:
+            with suppress(psutil.Error):
+                member.kill()
+        time.sleep(_LOOK_SECONDS)
+
+
+def _lives(member: psutil.Process) -> bool:
     try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE_SECONDS)
-    for member in family:
-        if member.is_running():  # psutil compares start times too: the id may have passed to another process
-            member.kill()
-    process.wait(_GRACE_SECONDS)
+        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[IO[str]]:
     """The directory for this queue alone. Arms inherit the lock: one that outlived its queue still holds it."""
-    file = (out / ".lock").open("a+")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a+")
+    except OSError as error:
+        raise _unwritable(out, error) from None
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,13 +333,27 @@ def _lock(out: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """A plain `kill` of the queue ends its arms too, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def _signals_noted() -> Iterator[Callable[[], None]]:
+    """A plain `kill` or a lost terminal ends the queue and its arms, as Ctrl-C does.
+
+    Signals are noted, and raised where the queue calls what this yields: none comes between an arm's start and its
+    entry in the queue, and none while the arms are being ended. One that is ignored here (nohup) stays so.
+    """
+    noted: list[int] = []
+
+    def raise_noted() -> None:
+        if signal.SIGINT in noted:
+            raise KeyboardInterrupt
+        if noted:
+            sys.exit(128 + noted[0])
+
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # only the main thread may ask for signals
+        previous = {one: signal.getsignal(one) for one in _STOPPING if signal.getsignal(one) != signal.SIG_IGN}
+    for one in previous:
+        signal.signal(one, lambda number, _: noted.append(number))
     try:
-        yield
+        yield raise_noted
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for one, handler in previous.items():
+            signal.signal(one, handler)

@@ -5,9 +5,12 @@ Every figure is read from an arm's own files. torch is not imported.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +39,7 @@ from genatt_dist.study.paths import (
     run_of,
     write_json,
 )
-from genatt_dist.study.plan import Comparisons, Study
+from genatt_dist.study.plan import Study
 
 _HARDWARE = ("python", "versions", "device", "cpu_count", "memory_gib")
 
@@ -46,7 +49,7 @@ def write(study: Study, out: Path, failures: Mapping[str, str], command: str) ->
 
     failures: arm → one line. command: how the study was started.
     """
-    done = [name for name in study.arms if finished(out, name)]
+    done = [name for name in study.arms if finished(out, name) and name not in failures]
     arms = {name: _arm(study, out, name) for name in done}
     arms |= {name: {"state": "failed", "error": _portable(error, out)} for name, error in failures.items()}
     first = study.config(next(iter(study.arms)))
@@ -62,7 +65,7 @@ def write(study: Study, out: Path, failures: Mapping[str, str], command: str) ->
         "protocol": _evaluation(out, done[0])["protocol"] if done else {},
         "cap_seconds": first.training.max_seconds,
         "arms": {name: arms.get(name, {"state": "waiting"}) for name in study.arms},
-        "comparisons": _comparisons(study.comparisons, out, done),
+        "comparisons": comparisons(study, out, done),
         "environment": _environment(out, done),
     }
     write_json(out / STUDY, report)
@@ -92,6 +95,8 @@ def print_results(report: dict[str, Any], console: Console) -> None:
         if not rows:
             continue
         title = f"\n{pretty(rows[0]['metric'])}, {family['question']}"
+        if not family["complete"]:
+            title += f" (incomplete: {len(rows)} of {family['tests_a_metric']} tests; corrected for all of them)"
         table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
         table.add_column("arm")
         table.add_column("against")
@@ -103,6 +108,20 @@ def print_results(report: dict[str, Any], console: Console) -> None:
             names = (pretty(row["arm"]), pretty(row["against"]))
             table.add_row(*names, difference, relative, interval, corrected)
         console.print(table)
+
+
+def check_target(target: Path) -> None:
+    """Whether `copy` will be able to write there: days of training end with it. Raises GenattError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise GenattError(f"cannot write {target}: {error.strerror}; choose another --out-file") from None
 
 
 def copy(out: Path, target: Path) -> None:
@@ -129,6 +148,7 @@ def _arm(study: Study, out: Path, name: str) -> dict[str, Any]:
         "test_under_other_inference": {
             other: {"attention": found["attention"], "metrics": _ordered(found["metrics"])}
             for other, found in (read_json(run / OTHER_INFERENCE) or {}).items()
+            if other in study.arms[name].also_infer  # what was asked for once may be asked for no more
         },
         "map_statistics": {key: value for key, value in evaluation["metrics"].items() if "/" in key},
         "train": train,
@@ -151,15 +171,15 @@ def inference(config: RunConfig) -> str:
     return str(attention.get("inference", "no noise"))
 
 
-def _comparisons(asked: Comparisons, out: Path, done: Sequence[str]) -> dict[str, Any]:
-    controls = [name for name in done if name not in asked.claims]
-    claims = [name for name in asked.claims if name in done]
+def comparisons(study: Study, out: Path, done: Sequence[str]) -> dict[str, Any]:
+    """Every planned test whose two arms are done. No test is in two families."""
+    asked = study.comparisons
     families = {
         f"every arm against {pretty(asked.reference)}": [
-            (name, asked.reference) for name in done if name != asked.reference and asked.reference in done
+            (name, asked.reference) for name in study.arms if name != asked.reference
         ],
         f"{' and '.join(map(pretty, asked.claims))} against every control": [
-            (claim, control) for claim in claims for control in controls
+            (claim, control) for claim in asked.claims for control in study.controls
         ],
     }
     evaluated = {name: compare.read(run_of(out, name), SPLIT) for name in done}
@@ -167,21 +187,24 @@ def _comparisons(asked: Comparisons, out: Path, done: Sequence[str]) -> dict[str
         compare.check_comparable(evaluated[done[0]], evaluated[name], SPLIT)
     settings = asked.model_dump(include={"resamples", "confidence", "seed"})
     result = []
-    for question, pairs in families.items():
+    for question, planned in families.items():
+        pairs = [(a, b) for a, b in planned if a in done and b in done]
+        missing = [1.0] * (len(planned) - len(pairs))  # counted as the least certain: no p becomes too small by them
         rows: list[dict[str, Any]] = []
         for metric in asked.metrics:  # each metric is a family of its own; the first is the one that is decided on
             found = [paired(evaluated[a].rank_U, evaluated[b].rank_U, metric, **settings) for a, b in pairs]
+            corrected = holm([*(one.p for one in found), *missing])[: len(found)]
             rows += [
                 {"arm": a, "against": b, "metric": metric, **asdict(one), "relative": compare.finite(one.relative),
                  "p_holm": p}
-                for (a, b), one, p in zip(pairs, found, holm([one.p for one in found]), strict=True)
+                for (a, b), one, p in zip(pairs, found, corrected, strict=True)
             ]  # fmt: skip
-        result.append({"question": question, "tests_a_metric": len(pairs), "rows": rows})
+        result.append({"question": question, "tests_a_metric": len(planned), "complete": not missing, "rows": rows})
     return {
         "split": SPLIT,
         "metrics": list(asked.metrics),
         "bootstrap": settings | {"unit": "user", "interval": "percentile"},
-        "correction": "Holm, over the tests of a family on one metric",
+        "correction": "Holm, over the planned tests of a family on one metric",
         "families": result,
     }
 

@@ -32,6 +32,8 @@ def quality(
     study = plan.load(path, overrides)
     names = list(dict.fromkeys(arms or study.arms))
     queue.check(study, out, names)
+    if copy_to:
+        results.check_target(copy_to)
     with View(out, console) as view:
         ended = queue.run(study, out, names, jobs, view)
     failures = {job.name: job.error for job in ended if job.error}

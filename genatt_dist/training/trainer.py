@@ -115,20 +115,21 @@ class Trainer:
             self._signs = FailureSigns(self._config, self._total_steps, self._telemetry.records())
             self._started = time.perf_counter() - self._progress.seconds
             # An epoch that was begun is ended, as it would have been without the stop.
-            while self._progress.epoch < self._config.training.epochs and (
-                self._progress.batch > 0 or not self._finished()
-            ):
+            last = self._progress.batch == 0 and self._finished()
+            while not last:
                 self._train_epoch()
                 self._progress.epoch, self._progress.batch = self._progress.epoch + 1, 0
                 self._progress.seconds = time.perf_counter() - self._started
-                last = self._progress.epoch == self._config.training.epochs or self._finished()
+                last = self._finished()
                 if last or self._progress.epoch % self._config.training.evaluate_every == 0:
-                    self._validate(last)
+                    last = self._validate()
                     self._save()
         return self._summarise()
 
     def _finished(self) -> bool:
-        """Whether patience or time has run out; rank 0's clock decides for all."""
+        """Whether epochs, patience or time have run out; rank 0's clock decides for all. Collective."""
+        if self._progress.epoch >= self._config.training.epochs:
+            return True
         limit = self._config.training.max_seconds
         late = torch.tensor(float(limit is not None and self._progress.seconds >= limit), device=self._device)
         dist.broadcast(late, 0)
@@ -212,8 +213,10 @@ class Trainer:
             f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s",
         )
 
-    def _validate(self, last: bool) -> None:
-        """Rank the validation targets, look at the maps, and tell both. last: training ends after this."""
+    def _validate(self) -> bool:
+        """Rank the validation targets, look at the maps, and tell both. Returns whether training ends with this, which
+        patience decides only now.
+        """
         self._engine.train(False)
         parts = Parts(self._rank, self._world_size, sum_over_ranks)
         with self._engine.gathered():
@@ -226,6 +229,8 @@ class Trainer:
         if improved:
             progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, metrics
         progress.stale = 0 if improved else progress.stale + 1
+        progress.seconds = time.perf_counter() - self._started
+        last = self._finished()
         record: dict[str, float | list[float]] = {"epoch": progress.epoch, **metrics, **diagnosis.vectors}
         self._telemetry.record("valid", progress.step, record)
         self._telemetry.say(
@@ -236,6 +241,7 @@ class Trainer:
         )
         for sign in self._signs.look({"step": progress.step, **record}, last):
             self._telemetry.warn(progress.step, sign)
+        return last
 
     def _save(self) -> None:
         """Write a checkpoint: every rank its rows, rank 0 the rest. Collective."""

@@ -125,12 +125,35 @@ def test_a_run_that_was_not_trained_to_its_end_is_refused(evaluated: Path, tmp_p
         collect([run])
 
 
+@pytest.mark.parametrize("key", ["model", "protocol", "metrics", "dataset"])
+def test_an_evaluation_that_lacks_a_part_is_one_line(evaluated: Path, tmp_path: Path, key: str) -> None:
+    run = changed(evaluated, tmp_path / "run")
+    content = json.loads((run / "evaluation-test.json").read_text())
+    del content[key]
+    (run / "evaluation-test.json").write_text(json.dumps(content))
+    with pytest.raises(GenattError, match=f"evaluation-test.json has no {key}: run `genatt evaluate"):
+        collect([evaluated, run])
+
+
+def steps_row() -> dict[str, object]:
+    """A row as `genatt bench steps` writes it."""
+    return {
+        "mode": "training", "attention": "dot_product", "form": None, "sampler": None, "steps": None, "max_len": 50,
+        "batch": 256, "lengths": "all_n", "softmax": True, "blocks": 2, "sample_blocks": None, "status": "ok",
+        "ms_per_step": 12.5, "ratio_to_dot_product": 1.0,
+    }  # fmt: skip
+
+
 def test_rows_of_steps_are_read_from_a_list_or_under_their_name(evaluated: Path, tmp_path: Path) -> None:
-    rows = [{"mode": "training", "steps": 50}]
+    rows = [steps_row()]
     for content in (rows, {"versions": {}, "rows": rows}):
         (tmp_path / "steps.json").write_text(json.dumps(content))
         assert collect([evaluated], tmp_path / "steps.json")[0]["steps"] == rows
-    for text, message in (("{}", "holds no rows"), ("nonsense", "is not JSON")):
+    strange = [
+        ('[{"loss": 1.5}]', r"row 1 is none of `genatt bench steps` \(its attention is missing\)"),
+        (json.dumps([*rows, {**rows[0], "batch": None}]), r"row 2 is none .*\(its batch is None\)"),
+    ]
+    for text, message in (("{}", "holds no rows"), ("nonsense", "is not JSON"), *strange):
         (tmp_path / "steps.json").write_text(text)
         with pytest.raises(GenattError, match=message):
             collect([evaluated], tmp_path / "steps.json")

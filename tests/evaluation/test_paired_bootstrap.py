@@ -151,6 +151,7 @@ class TestRuns:
                 "protocol": PROTOCOL,
             }
             (path / "evaluation-test.json").write_text(json.dumps(report | changes))
+            (path / "summary.json").write_text("{}")
             frame = pl.DataFrame({"user_id": np.arange(len(rank_U)), "rank": rank_U})
             (frame if order is None else frame[order]).write_parquet(path / "ranks-test.parquet")
             return path
@@ -161,7 +162,7 @@ class TestRuns:
         rank_U, reference_U = _ranks(300)
         shuffled = np.random.default_rng(0).permutation(300)
         a, b, c = run("a", reference_U), run("b", rank_U), run("c", rank_U, shuffled)
-        report = compare_runs([a, b, c, a], "test", "ndcg@10", 500)
+        report = compare_runs([a, b, c, run("d", reference_U)], "test", "ndcg@10", 500)
         direct = compare(rank_U, reference_U, "ndcg@10", 500)
         one, other, same = report["comparisons"]
         for key in ("value", "difference", "low", "high", "p"):
@@ -201,7 +202,32 @@ class TestRuns:
     def test_run_that_is_not_evaluated_is_told_the_command(self, run: Callable[..., Path]) -> None:
         a = run("a", np.arange(1, 6))
         with pytest.raises(GenattError, match=f"run `genatt evaluate {a} --split valid`"):
-            compare_runs([a, a], "valid", "ndcg@10")
+            compare_runs([a, run("b", np.arange(1, 6))], "valid", "ndcg@10")
+
+    @pytest.mark.parametrize(
+        "table", [{"user_id": [0, 1]}, {"rank": [1, 2]}, {"user_id": [0, 1], "rank": ["first", "second"]}, None]
+    )
+    def test_ranks_that_cannot_be_read_are_told_the_command(
+        self, table: dict[str, Any] | None, run: Callable[..., Path]
+    ) -> None:
+        a, b = run("a", np.arange(1, 3)), run("b", np.arange(1, 3))
+        if table is None:
+            (b / "ranks-test.parquet").write_bytes(b"PAR1")
+        else:
+            pl.DataFrame(table).write_parquet(b / "ranks-test.parquet")
+        with pytest.raises(GenattError, match=f"run `genatt evaluate {b} --split test`"):
+            compare_runs([a, b], "test", "ndcg@10")
+
+    def test_unfinished_run_is_told_the_command(self, run: Callable[..., Path]) -> None:
+        a, b = run("a", np.arange(1, 6)), run("b", np.arange(1, 6))
+        (b / "summary.json").unlink()
+        with pytest.raises(GenattError, match=f"run `genatt train {b}/config.yaml --run {b} --resume`, then"):
+            compare_runs([a, b], "test", "ndcg@10")
+
+    def test_run_that_is_given_twice_is_refused(self, run: Callable[..., Path]) -> None:
+        a, b = run("a", np.arange(1, 6)), run("b", np.arange(1, 6))
+        with pytest.raises(GenattError, match=r"b/\.\./a is given twice: name each run once"):
+            compare_runs([a, b, b / ".." / "a"], "test", "ndcg@10")
 
     def test_one_run_is_refused(self, run: Callable[..., Path]) -> None:
         with pytest.raises(GenattError, match="name at least two"):

@@ -59,6 +59,14 @@ def test_a_map_that_all_blocks_share_is_told_once(name):
     assert {key.partition("/")[2] for key in values} == {"block0"}
 
 
+@pytest.mark.parametrize("name", ["dot_product", "diffusion-factor", "variational-factor"])
+def test_histories_of_one_item_have_no_number_of_rows_with_a_choice(name):
+    found = statistics(backbone(name), torch.randn(3, WIDTH), context((1, 1, 1)))
+    assert all(torch.isfinite(value).all() for value in means(found).values())
+    expected = expected_names(name) - {"attention_entropy"} - VARIATION
+    assert {key.partition("/")[0] for key in found} == expected
+
+
 def test_the_end_of_the_schedule_is_told():
     values = means(statistics(backbone("diffusion-unrolled"), torch.cat(rows()), context()))
     assert values["alpha_bar_T/block0"] == pytest.approx(ALPHA_BAR_FLOOR, rel=1e-5)

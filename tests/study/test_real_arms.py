@@ -97,11 +97,15 @@ def test_study_from_file_to_results(prepared: Path, tmp_path: Path) -> None:
 
     against_reference, claims = report["comparisons"]["families"]
     pairs = [(row["arm"], row["against"]) for row in claims["rows"] if row["metric"] == "mrr"]
-    assert pairs == [("variational", "dot_product"), ("variational", "noisy")]
+    assert pairs == [("variational", "noisy")]  # the first family has it against the reference
+    assert (against_reference["tests_a_metric"], claims["tests_a_metric"]) == (3, 2)
     for family in (against_reference, claims):
         for metric in report["comparisons"]["metrics"]:
             rows = [row for row in family["rows"] if row["metric"] == metric]
-            assert [row["p_holm"] for row in rows] == holm([row["p"] for row in rows])
+            missing = family["tests_a_metric"] - len(rows)  # of the arm that failed
+            assert missing == 1
+            assert not family["complete"]
+            assert [row["p_holm"] for row in rows] == holm([*(row["p"] for row in rows), 1.0])[: len(rows)]
             for row in rows:
                 values = [report["arms"][row[side]]["test"][metric] for side in ("arm", "against")]
                 assert row["difference"] == pytest.approx(values[0] - values[1], abs=1e-12)

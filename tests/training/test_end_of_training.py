@@ -1,0 +1,72 @@
+"""The evaluation that a run ends by is known as its last, whatever ends the run: signs are told there at once."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from genatt_dist import config as configuration
+from genatt_dist.evaluation.diagnose import Diagnosis
+from genatt_dist.training import checkpoint, trainer
+from genatt_dist.training.warnings import FailureSigns
+
+
+class Idle(trainer.Trainer):
+    """The loop over epochs with nothing to train."""
+
+    def __init__(self, run: Path, **training: object) -> None:
+        config = {"data": {"path": "x"}, "training": training}
+        run.mkdir(exist_ok=True)
+        self._run, self._config, self._device = run, configuration.parse(config, "of a test"), torch.device("cpu")
+        self._rank, self._world_size, self._launcher, self._total_steps = 0, 1, "process", 100
+        self._engine = SimpleNamespace(train=lambda training: None, gathered=contextlib.nullcontext)  # type: ignore
+        self._dense = SimpleNamespace(backbone=None, items=object())  # type: ignore
+        self._sharded = self._sequences = None  # type: ignore
+        self._progress = checkpoint.Progress("hash")
+
+    def _train_epoch(self) -> None:
+        self._progress.step += 10
+        self._progress.step_seconds += 1.0
+
+    def _save(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lasts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(epoch, last) of every look at the signs. The third evaluation is the best."""
+    seen: list[tuple[int, bool]] = []
+    scores = iter((0.1, 0.2, 0.3, *[0.25] * 20))
+
+    def evaluate(*of: object) -> SimpleNamespace:
+        return SimpleNamespace(metrics={"ndcg@10": next(scores), "recall@10": 0.5})
+
+    def look(self: FailureSigns, record: dict[str, Any], last: bool, tell: bool = True) -> list[object]:
+        seen.append((record["epoch"], last))
+        return []
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "diagnose", lambda *of: Diagnosis({}, {}))
+    monkeypatch.setattr(trainer, "write_environment", lambda *of: None)
+    monkeypatch.setattr(trainer.dist, "broadcast", lambda *of: None)
+    monkeypatch.setattr(FailureSigns, "look", look)
+    return seen
+
+
+def test_patience_ends_a_run_by_its_last_evaluation(lasts: list[tuple[int, bool]], tmp_path: Path) -> None:
+    summary = Idle(tmp_path, epochs=20, patience=2).run()
+    assert lasts == [(1, False), (2, False), (3, False), (4, False), (5, True)]
+    assert summary.train["epochs"] == 5
+
+
+def test_epochs_and_time_end_it_too(lasts: list[tuple[int, bool]], tmp_path: Path) -> None:
+    Idle(tmp_path / "epochs", epochs=3, evaluate_every=2).run()
+    assert lasts == [(2, False), (3, True)]
+    lasts.clear()
+    Idle(tmp_path / "time", epochs=20, max_seconds=1e-6, evaluate_every=5).run()
+    assert lasts == [(1, True)]
