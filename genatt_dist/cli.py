@@ -124,8 +124,7 @@ _Inference = Annotated[
 @app.command(
     epilog=_examples(
         "genatt evaluate runs/beauty --split test",
-        "genatt evaluate runs/beauty --split valid --json",
-        "genatt evaluate runs/diffusion --split valid sampling_steps=10 eta=1",
+        "genatt evaluate runs/diffusion --split valid --json sampling_steps=10 eta=1",
     )
 )
 def evaluate(

@@ -175,7 +175,7 @@ def test_the_share_that_is_diffused_is_an_unbiased_estimate(make_context, monkey
 
 
 @pytest.mark.parametrize("form", ["factor", "matrix"])
-@pytest.mark.parametrize(("rec_mix", "share"), [(0.0, 0.4), (0.3, 0.7), (0.5, 0.5)])
+@pytest.mark.parametrize(("rec_mix", "share"), [(0.1, 0.4), (0.3, 0.7), (0.5, 0.5)])
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_choosing_rows_and_weighting_them_by_zero_are_the_same(
     form, rec_mix, share, unrolled, make_context, monkeypatch
