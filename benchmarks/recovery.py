@@ -51,7 +51,7 @@ from genatt_dist.training.step import DenseModel, Scale, training_noise
 
 LAW = CopyLaw()
 POSITIONS = 16  # n: the posterior over k is settled by then
-STEPS = 1000
+STEPS = 1500
 HELD_OUT = 512
 SAMPLES = 64  # M of the held-out loss
 FEW_HELD_OUT, FEW_SAMPLES = 128, 16  # where the loss takes T denoiser calls, or is only compared with itself

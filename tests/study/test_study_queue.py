@@ -283,18 +283,22 @@ def test_interrupted_queue_leaves_no_process_and_can_be_started_again(
 def test_lost_terminal_tells_every_arm_before_it_waits_for_one(study: Study, behave: Callable[..., Path]) -> None:
     """Both are told to end before either has ended; the SIGTERM that each sends back meanwhile changes nothing."""
     out = behave(a="await", b="await")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
     handlers = [signal.getsignal(one) for one in queue._STOPPING]
 
     def hang_up(jobs: Sequence[queue.Job]) -> None:
         if len(_started(out)) == 2:
             os.kill(os.getpid(), signal.SIGHUP)
 
-    with pytest.raises(SystemExit) as end:
-        queue.run(study, out, ["a", "b"], 2, hang_up)
+    try:
+        with pytest.raises(SystemExit) as end:
+            queue.run(study, out, ["a", "b"], 2, hang_up)
+        assert [signal.getsignal(one) for one in queue._STOPPING] == handlers
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert end.value.code == 128 + signal.SIGHUP
     assert all((out / f"{name}.well").exists() for name in ("a", "b"))
     assert not any(_lives(one["pid"]) for one in _started(out))
-    assert [signal.getsignal(one) for one in queue._STOPPING] == handlers
 
 
 def test_second_queue_in_one_directory_is_refused(study: Study, behave: Callable[..., Path]) -> None:

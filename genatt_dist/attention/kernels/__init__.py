@@ -124,9 +124,11 @@ def sample_rows(
     The state stays float32 in between, in bfloat16 too (only products are rounded), so that there it is closer to exact
     arithmetic than the plain path. Nothing waits for the device.
     """
-    heads, _, generator = denoiser.w_3.weight.shape
+    heads, generator = denoiser.input.heads, given_MG.shape[1]
     device, width = given_MG.device, entries.width
-    if len(given_MG) == 0 or unsupported(device, given_MG.dtype, generator, heads * width) is not None:
+    # Under ZeRO-3 parameters are whole only inside the forward of the module that owns them, and empty here.
+    partitioned = denoiser.w_2.weight.numel() == 0 or denoiser.w_3.weight.numel() == 0
+    if len(given_MG) == 0 or partitioned or unsupported(device, given_MG.dtype, generator, heads * width) is not None:
         return None
     plan = Plan.of(given_MG.dtype, generator, heads * width, _interpreted())
     time_S, word_S, coefficient_S3 = _tables(tuple(steps), tuple(words), tuple(alpha_bar), eta, device)
