@@ -28,6 +28,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -121,7 +122,7 @@ def make_batches(shards: str | None, count: int) -> list[Batch]:
     if shards is not None:
         data, training = DataConfig(path=shards, max_len=MAX_LEN), TrainingConfig(batch_sequences=BATCH)
         plan = TrainingBatches.plan(Sequences.read(shards), data, training)
-        lengths = [torch.from_numpy(plan.lengths[members]) for members in plan.epoch(0)[:count]]
+        lengths = [torch.from_numpy(batch.length_B) for batch in islice(plan.epoch(0), count)]
     batches, generator = [], torch.Generator().manual_seed(0)
     for lengths_B in lengths:
         tokens, size = int(lengths_B.sum()), len(lengths_B)

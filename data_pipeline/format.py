@@ -1,14 +1,19 @@
 """What is on disk after a preparation: sequence shards, vocabulary and manifest, and how to read and check them.
 
 shards/part-00000.parquet   one row a user: user_id, item_ids list<int32> (1..num_items), timestamps list<int64>, oldest
-                            first; a shard no user hashes to has no file
-vocabulary/items.parquet    one row an item: item_id, dense_id, count, train_count, then the attributes
+                            first, and weights list<float32> where events have them; row groups of
+                            `Manifest.row_group_size` users; a shard no user hashes to has no file
+index/part-00000.parquet    one row a user of that shard, in its order: length, train, valid, test int32 (see `splits`):
+                            all that has to be known to plan an epoch without reading a sequence
+vocabulary/items.parquet    one row an item, row i is item i + 1: item_id, dense_id, count, train_count, the attributes
+vocabulary/buckets.parquet  with hash buckets: item_id, dense_id, count of every item seen, several to a dense id
 manifest.json               this module's `Manifest`, written last
 """
 
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -16,12 +21,17 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from data_pipeline.errors import GenattError
-from data_pipeline.splits import LeaveOneOut
-from data_pipeline.storage import filesystem, one_line, redact
+from data_pipeline.splits import SplitRule
+from data_pipeline.storage import one_line, read_bytes, redact
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SHARD = "shards/part-{:05d}.parquet"
+INDEX = "index/part-{:05d}.parquet"
 VOCABULARY = "vocabulary/items.parquet"
+BUCKETS = "vocabulary/buckets.parquet"
+INDEX_SCHEMA = pa.schema([(name, pa.int32()) for name in ("length", "train", "valid", "test")])
+TIMES_ENCODING = {"timestamps.list.element": "DELTA_BINARY_PACKED"}  # a user's times rise
 MEND = "prepare it again into another --out"
 
 
@@ -38,10 +48,12 @@ class WrittenFile(_Part):
 
 
 class ShardFile(WrittenFile):
-    """A shard, with how many users (rows) and interactions it holds."""
+    """A shard, with its number among the shards, its index, and how many users (rows) and interactions it holds."""
 
+    shard: int
     users: int
     interactions: int
+    index: WrittenFile
 
 
 class RawFile(_Part):
@@ -52,35 +64,59 @@ class RawFile(_Part):
 
 
 class LedgerEntry(_Part):
-    """What one stage did to the number of rows."""
+    """What one stage did to the number of rows. added: rows of the parent version that joined them."""
 
     stage: str
     rows_in: int
     rows_out: int
     dropped: dict[str, int] = {}
+    added: int = 0
 
     @model_validator(mode="after")
     def _adds_up(self) -> "LedgerEntry":
-        if self.rows_in - sum(self.dropped.values()) != self.rows_out:
-            raise ValueError(f"stage {self.stage}: {self.rows_in} rows in, {self.dropped} dropped, {self.rows_out} out")
+        if self.rows_in + self.added - sum(self.dropped.values()) != self.rows_out:
+            raise ValueError(
+                f"stage {self.stage}: {self.rows_in} rows in and {self.added} added, {self.dropped} dropped, "
+                f"{self.rows_out} out"
+            )
         return self
 
 
 class Manifest(_Part):
-    """The table of contents. `max_item_id` is `num_items`: dense ids have no gaps."""
+    """The table of contents. `num_items` is the largest dense id: there are no gaps.
 
-    schema_version: Literal[1] = 1
+    num_shards: users are hashed over so many shards, of which those with users have a file. out_of_vocabulary: the
+    dense id all rare items share, if they do. pruned_files: of the source, outside the time range by their paths, so
+    that nobody counted their rows. parent: `manifest_hash` of the version this one adds to. drift: what
+    frozen admission meant for the rows added (see `append`).
+    """
+
+    schema_version: Literal[2] = 2
     name: str
     num_users: int
     num_items: int
     num_interactions: int
-    split: LeaveOneOut
+    num_shards: int
+    row_group_size: int
+    split: SplitRule
+    time_unit: str | None = None
+    out_of_vocabulary: int | None = None
     files: tuple[ShardFile, ...]
     vocabulary: WrittenFile
+    buckets: WrittenFile | None = None
     source: tuple[RawFile, ...]
     config: dict[str, Any]
     config_hash: str
+    pruned_files: int = 0
+    parent: str | None = None
+    drift: dict[str, int] | None = None
     ledger: tuple[LedgerEntry, ...]
+
+    @property
+    def written(self) -> tuple[WrittenFile, ...]:
+        """Every file but the manifest."""
+        files = [part for file in self.files for part in (file, file.index)]
+        return (*files, self.vocabulary, *((self.buckets,) if self.buckets else ()))
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Manifest":
@@ -97,9 +133,10 @@ class Manifest(_Part):
         return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def shard_schema(user_type: pa.DataType) -> pa.Schema:
+def shard_schema(user_type: pa.DataType, weighted: bool = False) -> pa.Schema:
     """Schema of a shard; `user_type` is int64 or string."""
-    return pa.schema([("user_id", user_type), ("item_ids", pa.list_(pa.int32())), ("timestamps", pa.list_(pa.int64()))])
+    fields = [("user_id", user_type), ("item_ids", pa.list_(pa.int32())), ("timestamps", pa.list_(pa.int64()))]
+    return pa.schema([*fields, ("weights", pa.list_(pa.float32()))] if weighted else fields)
 
 
 def parquet_bytes(table: pa.Table, row_group_size: int) -> bytes:
@@ -113,8 +150,10 @@ def parquet_bytes(table: pa.Table, row_group_size: int) -> bytes:
         data_page_version="1.0",
         compression="zstd",
         compression_level=3,
-        use_dictionary=True,
+        use_dictionary=False,  # ids of items repeat too little, ids of users never: half the time, two thirds the bytes
+        column_encoding=TIMES_ENCODING if "timestamps" in table.column_names else None,
         write_statistics=True,
+        write_page_checksum=True,
         store_schema=True,
     )
     return sink.getvalue()
@@ -148,19 +187,28 @@ def manifest_hash(path: str) -> str:
     return hashlib.sha256(_read(path, MANIFEST)).hexdigest()
 
 
-def verify(path: str, manifest: Manifest) -> None:
-    """Checks size and sha256 of every file of `manifest`; `GenattError` names the first that differs."""
-    for file in (*manifest.files, manifest.vocabulary):
-        try:
-            content = _read(path, file.path)
-        except FileNotFoundError as error:
-            raise GenattError(f"{redact(path)}/{file.path} is missing: {MEND}") from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != file.sha256:
-            raise GenattError(
-                f"{redact(path)}/{file.path} is damaged: expected sha256 {file.sha256} ({file.bytes} bytes), "
-                f"found {found} ({len(content)} bytes): {MEND}"
-            )
+def verify(path: str, manifest: Manifest, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Checks size and sha256 of every file of `manifest`; `GenattError` names the first that differs.
+
+    `advance` is told the bytes of each file that is well.
+    """
+    for file in manifest.written:
+        advance(len(read_intact(path, file)))
+
+
+def read_intact(path: str, file: WrittenFile) -> bytes:
+    """The content of a file; `GenattError` if it is missing or not what the manifest says."""
+    try:
+        content = _read(path, file.path)
+    except FileNotFoundError as error:
+        raise GenattError(f"{redact(path)}/{file.path} is missing: {MEND}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise GenattError(
+            f"{redact(path)}/{file.path} is damaged: expected sha256 {file.sha256} ({file.bytes} bytes), "
+            f"found {found} ({len(content)} bytes): {MEND}"
+        )
+    return content
 
 
 def read_shard(path: str, file: ShardFile) -> pa.Table:
@@ -168,18 +216,29 @@ def read_shard(path: str, file: ShardFile) -> pa.Table:
     return _read_parquet(path, file.path)
 
 
-def read_vocabulary(path: str, manifest: Manifest) -> pa.Table:
+def read_index(path: str, file: ShardFile) -> pa.Table:
+    """length, train, valid, test (int32) of each user of a shard, in its order."""
+    return _read_parquet(path, file.index.path)
+
+
+def read_vocabulary(path: str, manifest: Manifest, columns: list[str] | None = None) -> pa.Table:
     """The vocabulary's rows by dense_id: row i is item i + 1."""
-    return _read_parquet(path, manifest.vocabulary.path)
+    return _read_parquet(path, manifest.vocabulary.path, columns)
 
 
 def _read(path: str, name: str) -> bytes:
-    fs, root = filesystem(path)
-    return bytes(fs.cat_file(f"{root}/{name}"))
-
-
-def _read_parquet(path: str, name: str) -> pa.Table:
+    """`FileNotFoundError` if there is none, `GenattError` for whatever else fails."""
     try:
-        return pq.read_table(pa.BufferReader(_read(path, name)))
+        return read_bytes(f"{path.rstrip('/')}/{name}")
+    except GenattError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise
+
+
+def _read_parquet(path: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    try:
+        content = pa.BufferReader(_read(path, name))
+        return pq.read_table(content, columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise GenattError(f"cannot read {redact(path)}/{name}: {one_line(error)}: {MEND}") from error

@@ -11,12 +11,13 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def hash64(ids: pa.Array, key: int = 0) -> Hashes:
     """64-bit hashes of int64 or string `ids` (no nulls), shape (len(ids),); different for each `key`."""
     if pa.types.is_int64(ids.type):
-        words = ids.to_numpy().view(np.uint64)
+        words = ids.to_numpy().view(np.uint64).copy()
     else:  # a log repeats its ids many times: each is hashed once
         encoded = ids.dictionary_encode()
         words = _fold(encoded.dictionary.cast(pa.large_binary()))[encoded.indices.to_numpy()]
     with np.errstate(over="ignore"):
-        return _mix(words + _mix(np.array([key], np.uint64) + GOLDEN))
+        words += mix(np.array([key], np.uint64) + GOLDEN)
+        return mix(words)
 
 
 def _fold(texts: pa.LargeBinaryArray) -> Hashes:
@@ -35,8 +36,11 @@ def _fold(texts: pa.LargeBinaryArray) -> Hashes:
     return folded
 
 
-def _mix(words: Hashes) -> Hashes:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every input bit moves every output bit."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+def mix(words: Hashes) -> Hashes:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014), in place: every input bit moves every output bit."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words

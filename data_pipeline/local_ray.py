@@ -2,9 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import psutil
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, Dataset
@@ -15,6 +19,9 @@ from data_pipeline.storage import one_line
 # Read by the processes Ray starts. One Polars thread a task: Ray runs as many tasks as there are CPUs.
 ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_ARENA_MAX": "2",  # many arenas of glibc keep memory of threads that are done with it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,13 +30,22 @@ RAY_POSTSCRIPT = "\nFailed to apply UDF transform"  # Ray Data appends advice to
 CONTEXT = {
     "enable_progress_bars": False,
     "raise_original_map_exception": True,  # Ray Data's own wrapper loses what it wraps on the way here
-    "target_max_block_size": None,  # a shard stays one block, however large
+    "target_max_block_size": 128 << 20,  # a text file is read in one task but leaves it in bounded blocks
 }
+STORE_BYTES = 1 << 28  # of the object store for each CPU, unless told otherwise; what does not fit is spilled to disk
+LEAST_STORE_BYTES = 1 << 29
+STORE_SHARE = 0.3  # of the machine's memory, at most
+CPUS_PER_SPILLER = 4  # Ray's default is four processes that spill and four that read back, on a laptop too
+WARM_SECONDS = 0.2
+STALL_SECONDS = 1800.0  # no task of a stage ended for so long: something hangs
 
 
 @contextmanager
-def local_ray(num_cpus: int | None) -> Iterator[None]:
-    """Ray, quiet, for the time of the block. One that runs already is used as it is, whatever `num_cpus`, and stays.
+def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> Iterator[float]:
+    """Ray, quiet, for the time of the block; yields the seconds its start took.
+
+    One that runs already is used as it is, whatever `num_cpus`, and stays; inside a Ray job that is the job's cluster
+    (RAY_ADDRESS).
 
     Raises
     ------
@@ -38,33 +54,52 @@ def local_ray(num_cpus: int | None) -> Iterator[None]:
     """
     context, logger = DataContext.get_current(), logging.getLogger("ray.data")
     before = {name: getattr(context, name) for name in CONTEXT}
+    preserve_order = context.execution_options.preserve_order
     level = logger.level
-    ours = not ray.is_initialized()
+    ours, began = not ray.is_initialized(), time.perf_counter()
     try:
         if ours:
-            _start(num_cpus)
+            _start(num_cpus, object_store_bytes)
         for name, value in CONTEXT.items():
             setattr(context, name, value)
+        context.execution_options.preserve_order = True  # ties of time are broken by the order of the source
         logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
-        yield
+        if ours:
+            _warm_up()
+        yield time.perf_counter() - began if ours else 0.0
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        context.execution_options.preserve_order = preserve_order
         logger.setLevel(level)
         if ours:
             ray.shutdown()
 
 
-def _start(num_cpus: int | None) -> None:
+def store_bytes(num_cpus: int | None) -> int:
+    """Memory of the object store of a Ray with so many CPUs (None: the machine's)."""
+    wanted = max(LEAST_STORE_BYTES, STORE_BYTES * (num_cpus or _cpus()))
+    return min(wanted, int(STORE_SHARE * psutil.virtual_memory().total))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
+    cluster = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {
+        "num_cpus": num_cpus,
+        "object_store_memory": object_store_bytes or store_bytes(num_cpus),
+        "include_dashboard": False,
+        "_system_config": {"max_io_workers": max(1, (num_cpus or _cpus()) // CPUS_PER_SPILLER)},
+    }
+    shared = {"runtime_env": {"env_vars": ENVIRONMENT}}
     try:
         ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            address=cluster or "local", log_to_driver=False, logging_level=logging.ERROR, **(shared if cluster else own)
         )
     except Exception as error:  # ray raises half a dozen kinds here
         raise GenattError(
@@ -75,8 +110,26 @@ def _start(num_cpus: int | None) -> None:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int]]:
-    """Runs `dataset` and yields each block it makes, with its number of rows, as soon as it is there.
+def _warm_up() -> None:
+    """Starts a worker for each CPU and Ray Data's own actors, so that their imports are not the first stage's time."""
+    count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def load(batch: pa.Table) -> pa.Table:
+        import data_pipeline.tasks  # noqa: F401
+
+        time.sleep(WARM_SECONDS)  # no worker takes two
+        return batch
+
+    list(outputs(numbered("n", count).map_batches(load, batch_format="pyarrow", batch_size=None), "start"))
+
+
+def numbered(column: str, count: int) -> Dataset:
+    """The numbers 0 to `count` - 1 in `column`, a block each: the tasks to do."""
+    return ray.data.from_items([{column: number} for number in range(count)], override_num_blocks=count)
+
+
+def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+    """Runs `dataset` and yields each block it makes, in order, with its rows and bytes, as soon as it is there.
 
     Raises
     ------
@@ -86,19 +139,58 @@ def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int]]
     try:
         for bundle in dataset.iter_internal_ref_bundles():
             for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
-                yield ref, metadata.num_rows or 0
+                yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
     except Exception as error:
-        root = _root(error)
-        said = " ".join(str(root).partition(RAY_POSTSCRIPT)[0].split())
-        if type(root) is GenattError:
-            raise GenattError(said) from None
-        said = f"{type(root).__name__}: {said[:500]}"
-        raise GenattError(f"stage {stage} failed in Ray: {said}: see Ray's own logs, then try again") from error
+        raise _plain(error, stage) from error
 
 
-def numbered(column: str, count: int) -> Dataset:
-    """The numbers 0 to `count` - 1 in `column`, a block each: the tasks to do."""
-    return ray.data.from_items([{column: number} for number in range(count)], override_num_blocks=count)
+def done(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, ray.ObjectRef]]:
+    """Place and reference of each of `refs`, as they come; the tasks still running are cancelled when one fails.
+
+    Raises
+    ------
+    GenattError
+        None ended within `STALL_SECONDS`.
+    """
+    place = {ref: number for number, ref in enumerate(refs)}
+    pending = list(refs)
+    try:
+        while pending:
+            ended, pending = ray.wait(pending, num_returns=1, timeout=STALL_SECONDS, fetch_local=False)
+            if not ended:
+                raise GenattError(
+                    f"stage {stage}: none of {len(pending)} tasks ended within {STALL_SECONDS:.0f} s: "
+                    "see Ray's own logs, then try again"
+                )
+            yield place[ended[0]], ended[0]
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+
+
+def results(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, Any]]:
+    """Place and value of each of `refs`, as they come.
+
+    Raises
+    ------
+    GenattError
+        As `outputs` and `done`.
+    """
+    for number, ref in done(refs, stage):
+        try:
+            value = ray.get(ref, timeout=STALL_SECONDS)
+        except Exception as error:
+            raise _plain(error, stage) from error
+        yield number, value
+
+
+def _plain(error: Exception, stage: str) -> GenattError:
+    root = _root(error)
+    said = " ".join(str(root).partition(RAY_POSTSCRIPT)[0].split())
+    if type(root) is GenattError:
+        return GenattError(said)
+    said = f"{type(root).__name__}: {said[:500]}"
+    return GenattError(f"stage {stage} failed in Ray: {said}: see Ray's own logs, then try again")
 
 
 def _root(error: BaseException) -> BaseException:

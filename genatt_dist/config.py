@@ -29,6 +29,7 @@ from genatt_dist.attention.options import (
 )
 from genatt_dist.section import Section
 
+PREFETCH_BYTES = 256 << 20
 INFERENCE = ("inference", "mc_samples", "sampling_steps", "eta", "sample_blocks")
 
 
@@ -42,6 +43,16 @@ class DataConfig(Section):
     )
     targets: Literal["all", "last"] = Field(
         "all", description="Predict every next item of a window, or only its last one."
+    )
+    shuffle_windows: int = Field(
+        65_536,
+        ge=1,
+        description="Windows shuffled together, at least, where there are more; fewer are shuffled as a whole.",
+    )
+    prefetch_bytes: int = Field(
+        PREFETCH_BYTES,
+        ge=1 << 16,
+        description="Items of row groups that a rank keeps or reads ahead; a data set that fits is read once.",
     )
 
 

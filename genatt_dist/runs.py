@@ -18,7 +18,7 @@ from genatt_dist.launch.launchers import check_launcher, launch
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 # What may differ when a run is resumed: neither a checkpoint nor the schedule of rates depends on it.
-_RESUMABLE = {"world_size", "training.zero_stage", "training.max_seconds", "training.patience"}
+_RESUMABLE = {"world_size", "training.zero_stage", "training.max_seconds", "training.patience", "data.prefetch_bytes"}
 
 
 def train(config: RunConfig, run: Path, launcher: str | None = None, resume: bool = False) -> dict[str, Any]:
@@ -54,12 +54,13 @@ def check_data(config: RunConfig) -> None:
     from genatt_dist.data.sequences import Sequences
     from genatt_dist.embedding.table import check_shards
 
-    sequences = Sequences.read(config.data.path, verify=True)
+    sequences = Sequences.read(config.data.path, verify=True, prefetch_bytes=config.data.prefetch_bytes)
     TrainingBatches.plan(sequences, config.data, config.training).check(config.world_size, config.training.epochs)
-    if (held_out := int(sequences.has_targets.sum())) < config.world_size:
+    if (held_out := int(sequences.has_target("valid").sum())) < config.world_size:
         raise GenattError(
-            f"{sequences.manifest.name}: {held_out} users have the {sequences.manifest.split.min_length} interactions "
-            f"that validation needs, fewer than world_size={config.world_size}: prepare it with more users"
+            f"{sequences.manifest.name}: {held_out} users have an item to validate on (split "
+            f"{sequences.manifest.split.rule}), fewer than world_size={config.world_size}: prepare it with more users, "
+            "or another split"
         )
     if config.table.kind == "sharded":
         check_shards(sequences.num_items + 1, config.world_size)

@@ -18,15 +18,25 @@ import typer.main
 import yaml
 from tiny_data import histories, run_tree
 
+from data_pipeline import inspection
+from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
+from data_pipeline.format import Manifest, load_manifest
+from data_pipeline.splits import RandomUsers
 from genatt_dist import cli, doctor
 from genatt_dist.doctor import Check
+from genatt_dist.prepare_options import FIELDS
 
 SURFACE = {
     "prepare": [
-        "source", "--out", "--items", "--user-column", "--item-column", "--time-column", "--format", "--separator",
-        "--duplicates", "--min-user", "--min-item", "--num-shards", "--seed", "--id-type", "--name",
+        "source", "--out", "--format", "--separator",
+        "--user-column", "--item-column", "--time-column", "--id-type", "--time-unit", "--event-column",
+        "--event-weights", "--time-from", "--time-to", "--duplicates", "--min-user", "--min-item",
+        "--items", "--min-count", "--out-of-vocabulary", "--hash-buckets", "--max-history", "--split",
+        "--name", "--num-shards", "--row-group-size", "--seed", "--append-to",
+        "--num-cpus", "--rows-per-block", "--object-store-bytes", "--config", "--dry-run", "--quiet", "--json",
     ],
+    "inspect": ["path", "--top", "--verify", "--json"],
     "train": ["config", "--run", "overrides", "--launcher", "--resume"],
     "evaluate": ["run", "inference", "--split", "--json"],
     "recommend": ["run", "--users", "--out", "--k", "inference"],
@@ -182,16 +192,143 @@ def test_a_wrong_word_on_the_command_line(arguments: list[str], message: str, re
     [
         (["--min-user", "0"], "--min-user 0: input should be greater than or equal to 1"),
         (["--num-shards", "0"], "--num-shards 0: input should be greater than or equal to 1"),
-        (["--format", "xml"], "--format 'xml': input should be 'auto', 'parquet' or 'csv'"),
+        (["--format", "xml"], "--format 'xml': input should be 'auto', 'parquet', 'csv' or 'jsonl'"),
         (["--duplicates", "all"], "--duplicates 'all': input should be 'none', 'exact' or 'consecutive'"),
         (["--separator", "ab"], "--separator 'ab'"),
         (["--id-type", "int"], "--id-type 'int': input should be 'auto' or 'string'"),
-        (["--duplicates", "exact", "--time-column", ""], "duplicates=exact compares times"),
-        (["--user-column", "item_id"], "must differ"),
+        (["--duplicates", "exact", "--time-column", ""], "--duplicates exact compares times: name a --time-column"),
+        (["--user-column", "item_id"], "--user-column, --item-column, --time-column and --event-column must differ"),
+        (["--event-column", "kind"], "--event-column and --event-weights go together: give both or neither"),
+        (["--event-weights", "view"], "--event-weights 'view': give EVENT=WEIGHT,EVENT=WEIGHT,…, as in view=1,cart=3"),
+        (["--event-column", "kind", "--event-weights", "view=much"], "--event-weights 'view=much': input should be"),
+        (["--split", "users:0.5"], "--split 'users:0.5': give leave_one_out, time:VALID_FROM,TEST_FROM or users:"),
+        (["--split", "users:0.9,0.2"], "valid_share=0.9 and test_share=0.2 leave no user to train"),
+        (["--hash-buckets", "8", "--min-count", "2"], "--hash-buckets gives every item an id: leave --min-count and"),
+        (["--time-from", "7", "--time-column", ""], "--time-from and --time-to need a --time-column"),
     ],
 )
 def test_a_bad_option_of_prepare(options: list[str], message: str, refusal: Callable[..., str], tmp_path: Path) -> None:
     assert message in refusal("prepare", "log.csv", "--out", tmp_path / "out", *options)
+
+
+class TestOptionsOfPrepare:
+    """What reaches `prepare` of what was typed."""
+
+    @pytest.fixture
+    def told(self, genatt: Genatt, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PrepareConfig]:
+        """Runs `genatt prepare` without preparing; returns the options it was given."""
+        caught: list[PrepareConfig] = []
+
+        def catch(config: PrepareConfig, progress: bool = True) -> Manifest:
+            caught.append(config)
+            return load_manifest(str(prepared))
+
+        monkeypatch.setattr("data_pipeline.prepare.prepare", catch)
+
+        def run(*arguments: object) -> PrepareConfig:
+            code, _, err = genatt("prepare", *arguments)
+            assert (code, err) == (0, "")
+            return caught.pop()
+
+        return run
+
+    def test_the_defaults_are_those_of_the_config(self) -> None:
+        fields = {key: FIELDS.get(key, key) for key in (option.name for option in COMMANDS["prepare"].params)}
+        others = {"config", "dry_run", "quiet", "as_json"}
+        assert set(fields.values()) - others == PrepareConfig.model_fields.keys()
+        config = PrepareConfig(source="-", out="-")
+        for option in COMMANDS["prepare"].params:
+            if option.name not in {"source", "out", "split"} | others:
+                assert option.default == getattr(config, fields[option.name]), option.name
+        split = next(option.default for option in COMMANDS["prepare"].params if option.name == "split")
+        assert PrepareConfig(source="-", out="-", split=split).split == config.split
+
+    def test_only_what_is_typed_is_set(self, told: Callable[..., PrepareConfig]) -> None:
+        """An appended version takes the rest from its parent."""
+        found = told("new.parquet", "--out", "v2", "--append-to", "v1", "--min-user", "5")
+        assert found.model_fields_set == {"source", "out", "append_to", "min_user_interactions"}
+
+    def test_every_option(self, told: Callable[..., PrepareConfig]) -> None:
+        line = (
+            "log --out o --format jsonl --separator ; --user-column u --item-column i --time-column t --id-type string "
+            "--time-unit ms --event-column e --event-weights view=1,a=b=2.5 --time-from 5 --time-to 2024-01-31 "
+            "--duplicates exact --min-user 2 --min-item 3 --items attributes.csv --min-count 4 --out-of-vocabulary "
+            "bucket --max-history 6 --split users:0.1,0.2 --name n --num-shards 7 --row-group-size 9 --seed 10 "
+            "--append-to p --num-cpus 2 --rows-per-block 11 --object-store-bytes 134217728"
+        )
+        assert told(*line.split()) == PrepareConfig(
+            source="log", out="o", format="jsonl", separator=";", user_column="u", item_column="i", time_column="t",
+            id_type="string", time_unit="ms", event_column="e", event_weights={"view": 1, "a=b": 2.5}, time_from=5,
+            time_to="2024-01-31", duplicates="exact", min_user_interactions=2, min_item_interactions=3,
+            items="attributes.csv", min_count=4, out_of_vocabulary="bucket", max_history=6,
+            split=RandomUsers(valid_share=0.1, test_share=0.2), name="n", num_shards=7, row_group_size=9, seed=10,
+            append_to="p", num_cpus=2, rows_per_block=11, object_store_bytes=1 << 27,
+        )  # fmt: skip
+
+    def test_a_file_of_options_and_what_is_typed_wins(self, told: Callable[..., PrepareConfig], tmp_path: Path) -> None:
+        path = tmp_path / "prepare.yaml"
+        tree = {"source": "log", "out": "here", "min_user_interactions": 3, "seed": 4, "event_column": "e"}
+        path.write_text(yaml.safe_dump(tree | {"event_weights": {"view": 1}}))
+        found = told("--config", path, "--out", "there", "--min-user", 2)
+        assert (found.source, found.out, found.min_user_interactions, found.seed) == ("log", "there", 2, 4)
+        assert found.event_weights == {"view": 1.0}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("sourec: log", "unknown key sourec: did you mean source?"),
+            ("source: log\nout: o\nseed: -1", "prepare.yaml: seed -1: input should be greater than or equal to 0"),
+            ("- source", "holds no keys"),
+            ("source: [", "prepare.yaml: while parsing"),
+            ("out: o", "no SOURCE is given: name it, or set source in"),
+            (None, "No such file or directory: name an existing YAML file"),
+        ],
+    )
+    def test_a_bad_file_of_options(
+        self, text: str | None, message: str, refusal: Callable[..., str], tmp_path: Path
+    ) -> None:
+        if text is not None:
+            (tmp_path / "prepare.yaml").write_text(text)
+        assert message in refusal("prepare", "--config", tmp_path / "prepare.yaml")
+
+    def test_what_is_missing_is_named(self, refusal: Callable[..., str]) -> None:
+        assert "no SOURCE is given: name it, or give a --config file" in refusal("prepare", "--out", "o")
+        assert "no --out is given" in refusal("prepare", "log.csv")
+
+    def test_it_ends_with_counts_and_the_next_command(
+        self, told: Callable[..., PrepareConfig], genatt: Genatt, prepared: Path
+    ) -> None:
+        manifest = load_manifest(str(prepared))
+        counts = f"48 users, 40 items, {manifest.num_interactions} interactions in 2 files"
+        _, out, _ = genatt("prepare", "log", "--out", "s3://key:secret@bucket/o")
+        assert out == f"s3://bucket/o: {counts}. Next: genatt inspect s3://bucket/o\n"
+        assert genatt("prepare", "log", "--out", "o", "--quiet") == (0, "", "")
+        _, out, _ = genatt("prepare", "log", "--out", "o", "--json")
+        assert json.loads(out) == {
+            "out": "o", "name": "tiny", "users": 48, "items": 40, "interactions": manifest.num_interactions, "files": 2,
+        }  # fmt: skip
+
+
+class TestInspect:
+    def test_tables(self, genatt: Genatt, prepared: Path) -> None:
+        code, out, err = genatt("inspect", prepared, "--top", 3, "--verify")
+        assert (code, err) == (0, "")
+        assert out.startswith("tiny: 48 users, 40 items, ")
+        assert "top 3 items" in out
+        assert "interactions of a user: min 1, p50" in out
+
+    def test_json(self, genatt: Genatt, prepared: Path) -> None:
+        code, out, err = genatt("inspect", prepared, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out) == json.loads(json.dumps(inspection.inspect(str(prepared)).as_data()))
+
+    def test_nothing_prepared(self, refusal: Callable[..., str], tmp_path: Path) -> None:
+        assert "is no prepared data set (no manifest.json there)" in refusal("inspect", tmp_path)
+
+    def test_damage(self, refusal: Callable[..., str], prepared: Path, tmp_path: Path) -> None:
+        shutil.copytree(prepared, tmp_path / "copy")
+        (tmp_path / "copy" / "shards" / "part-00000.parquet").write_bytes(b"")
+        assert "part-00000.parquet is damaged" in refusal("inspect", tmp_path / "copy", "--verify")
 
 
 class TestPrepareRefusesBeforeRayStarts:
@@ -209,6 +346,17 @@ class TestPrepareRefusesBeforeRayStarts:
         frame.write_parquet(tmp_path / "log.parquet")
         frame.write_csv(tmp_path / "log.csv")
         return tmp_path / "log.parquet"
+
+    def test_a_dry_run_writes_nothing(self, log: Path, genatt: Genatt, tmp_path: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        line = ("prepare", log, "--out", tmp_path / "out", "--user-column", "user_id", "--dry-run")
+        code, out, err = genatt(*line)
+        assert (code, err) == (0, "")
+        assert "dry run, nothing is written" in out
+        code, out, _ = genatt(*line, "--json")
+        found = json.loads(out)
+        assert (found["rows"], found["read_tasks"]) == ({"number": pl.read_parquet(log).height, "estimated": False}, 1)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     def test_a_missing_file(self, refusal: Callable[..., str], tmp_path: Path) -> None:
         message = refusal("prepare", tmp_path / "gone.csv", "--out", tmp_path / "out")

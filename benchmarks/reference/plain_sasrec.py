@@ -62,17 +62,16 @@ class PlainTraining:
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
-        end = sequences.history_end("train")
-        users = np.flatnonzero(end - sequences.offsets[:-1] >= 2)
-        length = np.minimum(end[users] - sequences.offsets[users] - 1, max_len)
+        users = np.flatnonzero(sequences.train >= 2)
+        length = np.minimum(sequences.train[users].astype(np.int64) - 1, max_len)
+        last = sequences.offsets[users] + sequences.train[users] - 1  # only a target
+        items, first = sequences.take(last - length, length + 1)
         column = np.arange(max_len)
-        index = (end[users] - 1 - length)[:, None] + column
+        index = first[:, None] + column
         real = column < length[:, None]
         pick = np.where(real, index, 0)
-        self._inputs = torch.from_numpy(np.where(real, sequences.items[pick], 0).astype(np.int64))
-        self._targets = torch.from_numpy(
-            np.where(real, sequences.items[np.where(real, index + 1, 0)], 0).astype(np.int64)
-        )
+        self._inputs = torch.from_numpy(np.where(real, items[pick], 0).astype(np.int64))
+        self._targets = torch.from_numpy(np.where(real, items[np.where(real, index + 1, 0)], 0).astype(np.int64))
         self.num_sequences, self.num_targets = len(users), int(length.sum())
 
     def epoch(self, epoch: int) -> float:

@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sequences = Sequences.read(arguments.shards)
     # The last training item is a target only, so a user of m training items has m − 1 positions.
-    positions = sequences.history_end("train") - sequences.offsets[:-1] - 1
+    positions = sequences.train.astype(np.int64) - 1
     length, number = np.unique(positions[positions >= 1], return_counts=True)
     result = {
         "command": f"python -m benchmarks.steps.lengths --shards shards/{sequences.manifest.name} --out FILE",

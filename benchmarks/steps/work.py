@@ -20,9 +20,11 @@ from torch import Tensor
 
 from benchmarks.steps import lengths
 from benchmarks.steps.grid import Variant
+from data_pipeline.format import Manifest
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import POOL_BATCHES, Batch, Histories, TrainingBatches
+from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import ReplicatedTable
 from genatt_dist.evaluation.evaluate import encode, query
 from genatt_dist.loss.objective import Candidature
@@ -121,7 +123,7 @@ def _serving(variant: Variant, config: RunConfig, device: torch.device, num_item
 
     def inputs(size: int) -> list[Histories]:
         length, items = _histories(variant, size, num_items)
-        end = np.cumsum(length)
+        end = np.cumsum(length + 1) - 1
         return [Histories.of(items, end - length, end, np.arange(size), variant.max_len, device)]
 
     return Work(run, inputs)
@@ -135,18 +137,20 @@ def _training_batches(
     """
     pool = 1 if variant.lengths == "all_n" else POOL_BATCHES
     length, items = _histories(variant, pool * size, num_items)
-    starts = np.cumsum(length) - length
-    windows = np.arange(len(length), dtype=np.int64)
-    plan = TrainingBatches(items, starts, length, windows, pool, last_target_only=False, seed=config.training.seed)
+    manifest = Manifest.model_construct(name="made up", num_items=num_items)  # type: ignore[call-arg]
+    nobody = np.full(len(length), -1)
+    sequences = Sequences.of(items, length + 1, (length + 1, nobody, nobody), manifest)
+    training = config.training.model_copy(update={"batch_sequences": size})
+    plan = TrainingBatches.plan(sequences, config.data, training)
     batches = sorted(plan.iterate(0, 0, 0, 1, device), key=lambda batch: batch.layout.width)
     return batches[pool // 8 :: max(1, pool // 4)]
 
 
 def _histories(variant: Variant, count: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of `count` histories, and their items one after the other with one more at the end (a target)."""
+    """Lengths of `count` histories, and their items one after the other, each with one more at its end (a target)."""
     random = np.random.Generator(np.random.Philox(key=_SEED))
     length = lengths.draw(variant.lengths, count, variant.max_len, random)
-    return length, random.integers(1, num_items + 1, int(length.sum()) + 1, dtype=np.int32)
+    return length, random.integers(1, num_items + 1, int(length.sum()) + count, dtype=np.int32)
 
 
 def _tree(variant: Variant) -> dict[str, Any]:

@@ -1,62 +1,99 @@
-"""The sequence shards in memory: flat item ids with offsets, and the leave-one-out rule as index arithmetic.
+"""The sequence shards as training, evaluation and serving see them: what planning needs is in memory, items are read.
 
-Legend: U users, T interactions. User u's items are `items[offsets[u]:offsets[u + 1]]`, oldest first.
+Legend: U users, T interactions, G row groups of all shards. User u's items have the places offsets[u] …
+offsets[u + 1] - 1 among all T, oldest first, in the order of the shards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
+from data_pipeline.storage import redact
+from genatt_dist.config import PREFETCH_BYTES
+from genatt_dist.data.row_groups import READERS, Ints, Items, RowGroups, Shards
 
-Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """All users' histories.
+    """All users: how long their histories are, what of them trains and what is held out, and where the items lie.
 
-    items: int32 [T], dense ids 1..num_items. offsets: int64 [U + 1]. user_ids: Arrow array [U] of original ids.
-    popularity: int64 [num_items + 1], interactions of each item in the training part (index = dense id).
+    offsets: int64 [U + 1]. train: int32 [U], the first so many items train. valid, test: int32 [U], the place of the
+    target in the user's sequence, -1 = none. first_user_G: int64 [G + 1]. popularity: int64 [num_items + 1],
+    interactions of each item in the training part (index = dense id). Nothing grows with T but what `groups` keeps.
     """
 
-    items: npt.NDArray[np.int32]
     offsets: Ints
-    user_ids: pa.Array
+    train: Items
+    valid: Items
+    test: Items
+    first_user_G: Ints
+    groups: RowGroups
     popularity: Ints
     manifest: shards.Manifest
     manifest_hash: str
+    path: str
 
     @staticmethod
-    def read(path: str, verify: bool = False) -> Sequences:
-        """Read what `genatt prepare` published at `path`; `verify` checks every file's sha256 first.
+    def read(path: str, verify: bool = False, prefetch_bytes: int = PREFETCH_BYTES) -> Sequences:
+        """What `genatt prepare` published at `path`: manifest, indices and counts; no shard yet.
 
-        Raises GenattError naming the file: missing manifest, corrupted shard, ids outside 1..V.
+        verify: check the sha256 of every file first; of shards that are larger together than `prefetch_bytes` not, for
+        that would read them all: damage in them is found by page checksums when it is read.
+        Raises GenattError naming the file: missing, damaged, an index that contradicts the manifest.
         """
         manifest = shards.load_manifest(path)
-        if verify:
+        if verify and sum(file.bytes for file in manifest.files) <= prefetch_bytes:
             shards.verify(path, manifest)
-        tables = [shards.read_shard(path, file) for file in manifest.files]
-        lists = pa.chunked_array([chunk for table in tables for chunk in table["item_ids"].chunks]).combine_chunks()
-        users = pa.chunked_array([chunk for table in tables for chunk in table["user_id"].chunks]).combine_chunks()
-        items = lists.flatten().to_numpy()
-        offsets = np.zeros(len(lists) + 1, np.int64)
-        np.cumsum(pc.list_value_length(lists).to_numpy(), out=offsets[1:])
-        if len(items) and not (int(items.min()) >= 1 and int(items.max()) <= manifest.num_items):
-            raise GenattError(
-                f"{path}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}; prepare "
-                "the data again"
-            )
-        vocabulary = shards.read_vocabulary(path, manifest)
+        with ThreadPoolExecutor(READERS, "indices") as pool:
+            tables = list(pool.map(lambda file: _index(path, file), manifest.files))
+        length, train, valid, test = (
+            np.concatenate([np.zeros(0, np.int32), *(table[name].to_numpy() for table in tables)])
+            for name in shards.INDEX_SCHEMA.names
+        )
+        offsets = _from_zero(length)
+        users, size = [file.users for file in manifest.files], manifest.row_group_size
+        number = [-(-count // size) for count in users]
+        shard_G = np.repeat(np.arange(len(users)), number)
+        number_G = np.arange(len(shard_G)) - np.repeat(_from_zero(number)[:-1], number)
+        first_user_G = np.append(_from_zero(users)[shard_G] + number_G * size, len(length))
+        groups = RowGroups.of(path, manifest, shard_G, number_G, offsets[first_user_G], prefetch_bytes)
+        words = shards.read_vocabulary(path, manifest, columns=["dense_id", "train_count"])
         popularity = np.zeros(manifest.num_items + 1, np.int64)
-        popularity[vocabulary["dense_id"].to_numpy()] = vocabulary["train_count"].to_numpy()
-        return Sequences(items, offsets, users, popularity, manifest, shards.manifest_hash(path))
+        popularity[words["dense_id"].to_numpy()] = words["train_count"].to_numpy()
+        return Sequences(
+            offsets, train, valid, test, first_user_G, groups, popularity, manifest, shards.manifest_hash(path), path
+        )
+
+    @staticmethod
+    def of(
+        items: Items,
+        length: npt.ArrayLike,
+        places: npt.ArrayLike,
+        manifest: shards.Manifest,
+        row_group_size: int | None = None,
+    ) -> Sequences:
+        """Sequences that are in memory: `items` of users of these lengths; places: train, valid and test [3, U]."""
+        offsets = _from_zero(length)
+        train, valid, test = np.asarray(places, np.int32)
+        first_user_G = np.append(np.arange(0, len(train), row_group_size or len(train)), len(train))
+        first_item_G = offsets[first_user_G]
+        groups = RowGroups(
+            lambda group: items[first_item_G[group] : first_item_G[group + 1]], first_item_G, items.nbytes
+        )
+        nothing = np.zeros(manifest.num_items + 1, np.int64)
+        return Sequences(offsets, train, valid, test, first_user_G, groups, nothing, manifest, "", "")
 
     @property
     def num_users(self) -> int:
@@ -71,23 +108,116 @@ class Sequences:
         """Interactions of each user: int64 [U]."""
         return np.diff(self.offsets)
 
-    def history_end(self, split: str) -> Ints:
-        """Where each user's history ends for `train`, `valid` or `test`: int64 [U], an index into `items`.
+    @cached_property
+    def user_ids(self) -> pa.Array:
+        """Original ids [U], read from the shards when first asked for."""
+        source = Shards(self.path, self.manifest.files)
 
-        Users long enough for the rule keep their last item for test and the one before for valid; others train with
-        all they have.
+        def column(shard: int) -> pa.ChunkedArray:
+            number = -(-self.manifest.files[shard].users // self.manifest.row_group_size)
+            return source.column(shard, range(number), "user_id")
+
+        with ThreadPoolExecutor(READERS, "user ids") as pool:
+            columns = pool.map(column, range(len(self.manifest.files)))
+            return pa.chunked_array([chunk for one in columns for chunk in one.chunks]).combine_chunks()
+
+    def has_target(self, split: str) -> npt.NDArray[np.bool_]:
+        """Which users have a target in `valid` or `test`: bool [U]."""
+        return self._place(split) >= 0
+
+    def history_end(self, split: str) -> Ints:
+        """Where each user's history ends for `train`, `valid` or `test`: int64 [U], a place among all items.
+
+        The target of `valid` or `test` is the item there. Users without one have all their items as history.
         """
-        held_out = {"train": 2, "valid": 2, "test": 1}[split]
-        return self.offsets[1:] - np.where(self.has_targets, held_out, 0)
+        place = self._place(split)
+        return self.offsets[:-1] + np.where(place >= 0, place, self.lengths)
+
+    def _place(self, split: str) -> Items:
+        return {"train": self.train, "valid": self.valid, "test": self.test}[split]
+
+    def take(self, starts: Ints, lengths: Ints) -> tuple[Items, Ints]:
+        """Slices of users' items: places starts[i] … starts[i] + lengths[i] - 1, each inside one user.
+
+        Returns (items, first): slice i is items[first[i] : first[i] + lengths[i]]. Only the row groups they lie in are
+        read.
+        """
+        if not len(starts):
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+        ((_, items, first),) = self.slices([(None, starts, lengths)])
+        return items, first
+
+    def slices(self, wanted: Iterable[tuple[T, Ints, Ints]]) -> Generator[tuple[T, Items, Ints], None, None]:
+        """`take` of many, each (name, starts, lengths) with at least one slice, while the row groups of the next ones
+        are read in the background: (name, items, first) in the order asked.
+        """
+
+        def order() -> Generator[tuple[tuple[_Taken[T], int], int], None, None]:
+            for name, starts, lengths in wanted:
+                taken = _Taken(name, starts, lengths, self.groups.first_item_G)
+                for turn, group in enumerate(taken.groups.tolist()):
+                    yield (taken, turn), group
+
+        stream = self.groups.along(order())
+        try:
+            for (taken, turn), items in stream:
+                taken.add(turn, items)
+                if turn == len(taken.groups) - 1:
+                    yield taken.name, taken.items, taken.first
+        finally:
+            stream.close()
+
+
+class _Taken(Generic[T]):
+    """Slices on their way: which row groups they lie in, and their items as far as those have come."""
+
+    def __init__(self, name: T, starts: Ints, lengths: Ints, first_item_G: Ints) -> None:
+        self.name = name
+        group = np.searchsorted(first_item_G[:-1], starts, side="right") - 1
+        self._order = np.argsort(group, kind="stable")
+        self.groups, begin = np.unique(group[self._order], return_index=True)
+        self._begin = np.append(begin, len(group))
+        self._starts, self._lengths = (starts - first_item_G[group])[self._order], lengths[self._order]
+        self._end = _from_zero(self._lengths)
+        self.items = np.zeros(0, np.int32)
 
     @property
-    def has_targets(self) -> npt.NDArray[np.bool_]:
-        """Which users have a valid and a test item: bool [U]."""
-        return self.lengths >= self.manifest.split.min_length
+    def first(self) -> Ints:
+        """Where each slice begins in `items`."""
+        first = np.empty(len(self._order), np.int64)
+        first[self._order] = self._end[:-1]
+        return first
+
+    def add(self, turn: int, items: Items) -> None:
+        """Copy what lies in the row group `groups[turn]`."""
+        if not len(self.items):
+            self.items = np.empty(int(self._end[-1]), np.int32)
+        low, high = self._begin[turn], self._begin[turn + 1]
+        part = gather(items, self._starts[low:high], self._lengths[low:high])
+        self.items[self._end[low] : self._end[high]] = part
 
 
-def gather(items: npt.NDArray[np.int32], starts: Ints, lengths: Ints) -> npt.NDArray[np.int32]:
+def gather(items: Items, starts: Ints, lengths: Ints) -> Items:
     """Concatenate items[starts[i] : starts[i] + lengths[i]] for all i."""
     ends = np.cumsum(lengths)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
     return items[np.repeat(starts, lengths) + within]
+
+
+def _from_zero(counts: npt.ArrayLike) -> Ints:
+    """0 and the running sums: int64, one longer than `counts`."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _index(path: str, file: shards.ShardFile) -> pa.Table:
+    """The index of a shard, if it says of it what the manifest says."""
+    table = shards.read_index(path, file)
+    length, train, valid, test = (table[name].to_numpy() for name in shards.INDEX_SCHEMA.names)
+    inside = (train >= 0) & (train <= length) & (length >= 1)
+    inside &= (valid >= -1) & (valid < length) & (test >= -1) & (test < length)
+    if len(length) != file.users or int(length.sum()) != file.interactions or not inside.all():
+        raise GenattError(
+            f"{redact(path)}/{file.index.path} is damaged: {len(length)} users with {int(length.sum())} interactions, "
+            f"the manifest says {file.users} with {file.interactions}, or a place outside a sequence: {shards.MEND}"
+        )
+    return table

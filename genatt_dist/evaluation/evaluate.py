@@ -84,7 +84,7 @@ def evaluate(
             top = ranking.top_Bk[:, :k].flatten()
             shown_CV[cutoff].index_add_(0, top, torch.ones_like(top))
         progress(len(states_BD))
-    ranks = parts.total(rank_U).cpu().numpy()[sequences.has_targets]
+    ranks = parts.total(rank_U).cpu().numpy()[sequences.has_target(split)]
     return Result(metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy()), ranks)
 
 

@@ -21,7 +21,8 @@ from data_pipeline import format as shards
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.attention.noise import derive
 from genatt_dist.data.batches import Histories
-from genatt_dist.data.sequences import Ints, Sequences
+from genatt_dist.data.row_groups import Ints
+from genatt_dist.data.sequences import Sequences
 from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model.diagnostics import ROUNDING, own_maps, relative_entropy, resampled, total_variation
 from genatt_dist.model.jagged import Jagged
@@ -49,17 +50,19 @@ def write_maps(path: Path, trained: Trained, split: str) -> None:
     users = choose(sequences, split, trained.config.data.max_len)
     report: dict[str, Any] = {"split": split, "step": trained.step, "unit": UNIT, "num_samples": SAMPLES, "users": []}
     if len(users):
-        end = sequences.history_end(split)[users]
-        first, targets = sequences.offsets[users], sequences.items[end]
+        lengths = sequences.history_end(split)[users] - sequences.offsets[users]
+        items, first = sequences.take(sequences.offsets[users], lengths + 1)  # with the target
+        end = first + lengths
+        targets = items[end]
         histories = Histories.of(
-            sequences.items, first, end, users, trained.config.data.max_len, trained.device, targets.astype(np.int64)
+            items, first, end, users, trained.config.data.max_len, trained.device, targets.astype(np.int64)
         )
         item_ids, titles = _names(trained)
         drawn = _draw(trained, histories)
-        lengths = histories.layout.lengths_B.tolist()
+        seen = histories.layout.lengths_B.tolist()
         for place, user in enumerate(users):
-            older = max(0, lengths[place] - WIDEST)
-            shown = sequences.items[end[place] - lengths[place] + older : end[place]]
+            older = max(0, seen[place] - WIDEST)
+            shown = items[end[place] - seen[place] + older : end[place]]
             target = targets[place]
             entry = {
                 "user_id": sequences.user_ids[int(user)].as_py(),
@@ -82,7 +85,7 @@ def choose(sequences: Sequences, split: str, max_len: int) -> Ints:
     Which ones is a function of their indices alone, not of the run.
     """
     lengths = np.minimum(sequences.history_end(split) - sequences.offsets[:-1], min(LONG, max_len))
-    candidates = np.flatnonzero(sequences.has_targets & (lengths >= 2))
+    candidates = np.flatnonzero(sequences.has_target(split) & (lengths >= 2))
     key = derive(0, torch.from_numpy(candidates))
     assert isinstance(key, Tensor)
     order = np.lexsort((key.numpy(), -lengths[candidates]))

@@ -46,7 +46,7 @@ def evaluate_run(
         "vectors": diagnosis.vectors,
     }
     write_maps(run / f"maps-{name}.json", trained, split)
-    write_ranks(run / f"ranks-{name}.parquet", trained.sequences, result)
+    write_ranks(run / f"ranks-{name}.parquet", trained.sequences, split, result)
     (run / f"evaluation-{name}.json").write_text(json.dumps(without_nan(report), indent=2))
     return report
 
@@ -80,7 +80,7 @@ def protocol(config: RunConfig, sequences: Sequences) -> dict[str, Any]:
     }
 
 
-def write_ranks(path: Path, sequences: Sequences, result: Result) -> None:
+def write_ranks(path: Path, sequences: Sequences, split: str, result: Result) -> None:
     """One row a user with a target: user_id, rank of its target from 1."""
-    users = pc.filter(sequences.user_ids, sequences.has_targets)
+    users = pc.filter(sequences.user_ids, sequences.has_target(split))
     pl.DataFrame({"user_id": pl.from_arrow(users), "rank": result.rank_U}).write_parquet(path)

@@ -17,7 +17,7 @@ from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
 from data_pipeline.hashing import hash64
 from genatt_dist.data.batches import Histories
-from genatt_dist.data.sequences import Ints
+from genatt_dist.data.row_groups import Ints, Items
 from genatt_dist.evaluation.evaluate import encode, query
 from genatt_dist.serving.trained import Trained
 
@@ -26,14 +26,15 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Requests:
-    """Histories of dense ids: user i's are items[first[i]:end[i]].
+    """Histories of dense ids: user i's are those at first[i] … end[i] - 1 of what `take` reads from.
 
+    take: slices (starts, lengths) as (items, first), see `Sequences.take`.
     key_U: what a user's noise hangs on: its index in the data set, so that any file of users gives it the same list;
     of raw histories a hash of its id. notes: what was skipped, one line each.
     """
 
     user_ids: pl.Series
-    items: np.ndarray
+    take: Callable[[Ints, Ints], tuple[Items, Ints]]
     first: Ints
     end: Ints
     key_U: Ints
@@ -81,10 +82,12 @@ def recommend(
     for low in range(0, len(requests.user_ids), evaluation.batch_users):
         here = slice(low, low + evaluation.batch_users)
         rows = np.arange(low, min(low + evaluation.batch_users, len(requests.user_ids)))
+        lengths = requests.end[here] - requests.first[here]
+        items, first = requests.take(requests.first[here], lengths)
         histories = Histories.of(
-            requests.items,
-            requests.first[here],
-            requests.end[here],
+            items,
+            first,
+            first + lengths,
             requests.key_U[here],
             trained.config.data.max_len,
             trained.device,
@@ -162,7 +165,7 @@ def _known(users: pl.Series, path: Path, trained: Trained) -> Requests:
     ]
     return Requests(
         found["user"],
-        sequences.items,
+        sequences.take,
         sequences.offsets[index],
         sequences.offsets[index + 1],
         index,
@@ -191,7 +194,7 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
     items = lists["dense_id"].explode().to_numpy()
     return Requests(
         lists["user"],
-        items,
+        lambda starts, lengths: (items, starts),
         np.concatenate(([0], end[:-1])),
         end,
         hash64(lists["user"].to_arrow().cast(_id_type(lists["user"]))).view(np.int64),

@@ -42,7 +42,7 @@ def load(run: Path, inference: Sequence[str] = ()) -> Trained:
     config = for_inference(runs.read_config(run), inference)
     path = checkpoint.best(run)
     checkpoint.verify(path)
-    sequences = Sequences.read(config.data.path, verify=True)
+    sequences = Sequences.read(config.data.path, verify=True, prefetch_bytes=config.data.prefetch_bytes)
     progress = checkpoint.read_progress(path)
     if progress.manifest_hash != sequences.manifest_hash:
         raise GenattError(

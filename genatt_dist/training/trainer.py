@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
+from genatt_dist.data.ahead import Waiting
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import ItemTable
@@ -65,7 +66,7 @@ class Trainer:
     def __init__(self, run: Path, config: RunConfig, device: torch.device, launcher: str, resume: bool) -> None:
         self._run, self._config, self._device, self._launcher = run, config, device, launcher
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._sequences = Sequences.read(config.data.path)
+        self._sequences = Sequences.read(config.data.path, prefetch_bytes=config.data.prefetch_bytes)
         self.batches = TrainingBatches.plan(self._sequences, config.data, config.training)
         self._total_steps = config.training.epochs * self.batches.num_batches // config.training.accumulation_steps
 
@@ -141,15 +142,18 @@ class Trainer:
         part: list[Batch] = []
         shares: list[Losses] = []
         rate, since, counted = 0.0, time.perf_counter(), progress.sequences
+        parts = self.batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device)
+        batches, waited = Waiting(parts), 0.0
 
         def log() -> None:
-            nonlocal shares, since, counted
+            nonlocal shares, since, counted, waited
             seconds = time.perf_counter() - since
             progress.step_seconds += seconds
-            self._log(shares, rate, (progress.sequences - counted) / seconds)
-            shares, since, counted = [], time.perf_counter(), progress.sequences
+            stall = (batches.seconds - waited) / seconds
+            self._log(shares, rate, (progress.sequences - counted) / seconds, stall)
+            shares, since, counted, waited = [], time.perf_counter(), progress.sequences, batches.seconds
 
-        for batch in self.batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device):
+        for batch in batches:
             part.append(batch)
             if len(part) < training.accumulation_steps:
                 continue
@@ -187,7 +191,8 @@ class Trainer:
         self._engine.set_learning_rate(self._config.training.learning_rate * rate)
         return self._step(batches, step, gamma)
 
-    def _log(self, shares: list[Losses], rate: float, sequences_per_second: float) -> None:
+    def _log(self, shares: list[Losses], rate: float, sequences_per_second: float, input_stall: float) -> None:
+        """input_stall: share of the time since the last log that this rank waited for batches."""
         recommendation, generative = sum_over_ranks(
             torch.stack([torch.stack(losses) for losses in shares]).mean(0)
         ).tolist()
@@ -206,6 +211,7 @@ class Trainer:
                 "generative_loss": generative,
                 "learning_rate": self._config.training.learning_rate * rate,
                 "sequences_per_second": round(sequences_per_second, 1),
+                "input_stall": round(input_stall, 4),
             },
         )
         self._telemetry.advance(

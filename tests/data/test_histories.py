@@ -67,7 +67,8 @@ def test_more_ranks_than_users_to_evaluate_is_refused() -> None:
 
 def test_short_users_train_with_all_they_have() -> None:
     sequences = sequences_of(LISTS)
-    assert sequences.has_targets.tolist() == [False, False, True, True, True]
+    for split in ("valid", "test"):
+        assert sequences.has_target(split).tolist() == [False, False, True, True, True]
     assert (sequences.history_end("train") - sequences.offsets[:-1]).tolist() == [1, 2, 1, 5, 2]
     assert (sequences.offsets[1:] - sequences.history_end("test")).tolist() == [0, 0, 1, 1, 1]
 
@@ -77,9 +78,10 @@ def test_reading_gives_back_what_was_prepared(prepared: Path, prepared_text: Pat
     for path, name in ((prepared, lambda item: item), (prepared_text, lambda item: f"{item:05d}")):
         sequences = Sequences.read(str(path), verify=True)
         words = sequences_words(path, sequences)
+        items, _ = sequences.take(sequences.offsets[:-1], sequences.lengths)
         for index, user in enumerate(sequences.user_ids.to_pylist()):
             number = int(str(user).lstrip("u")) % 100
-            dense = sequences.items[sequences.offsets[index] : sequences.offsets[index + 1]]
+            dense = items[sequences.offsets[index] : sequences.offsets[index + 1]]
             assert [words[int(item)] for item in dense] == [name(item) for item in lists[number]]
         assert sequences.num_users == len(lists)
 
@@ -90,8 +92,7 @@ def sequences_words(path: Path, sequences: Sequences) -> dict[int, object]:
     rows = read_vocabulary(str(path), sequences.manifest).to_pylist()
     counted = np.zeros(sequences.num_items + 1, np.int64)
     ends = sequences.history_end("train")
-    for first, end in zip(sequences.offsets[:-1], ends, strict=True):
-        np.add.at(counted, sequences.items[first:end], 1)
+    np.add.at(counted, sequences.take(sequences.offsets[:-1], ends - sequences.offsets[:-1])[0], 1)
     assert sequences.popularity.tolist() == counted.tolist()  # of the training part alone
     return {row["dense_id"]: row["item_id"] for row in rows}
 

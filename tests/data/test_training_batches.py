@@ -1,13 +1,14 @@
 """Every item is trained on as often as it should be, and the global batches know nothing of ranks."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import numbered, sequences_of
+from tiny_data import all_windows, numbered, sequences_of
 
 from data_pipeline.errors import GenattError
 from genatt_dist.config import DataConfig, TrainingConfig
@@ -31,6 +32,11 @@ def trained_targets(batches: list[Batch]) -> Counter[int]:
     return Counter(torch.cat(chosen).tolist())
 
 
+def every_window(batches: TrainingBatches) -> list[int]:
+    """The ids of all windows, by the rule."""
+    return all_windows(batches).id_B.tolist()
+
+
 def training_part(lengths: list[int]) -> list[list[int]]:
     """Items of each user that may be trained on, by the rule: all but two of those who have three."""
     ends = np.cumsum(lengths)
@@ -44,11 +50,11 @@ def training_part(lengths: list[int]) -> list[list[int]]:
 @given(some_lengths, st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.integers(0, 5))
 def test_all_windows_train_every_item_but_the_first_of_a_user_once(lengths, max_len, size, world_size, epoch):
     batches = plan(lengths, max_len, batch_sequences=size)
-    parts = [
-        batches._part(members, rank, world_size, CPU)
-        for members in batches.epoch(epoch)
-        for rank in range(min(world_size, len(members)))
-    ]
+    if min(map(len, batches.epoch(epoch))) < world_size:
+        with pytest.raises(GenattError, match=f"sequences for {world_size} ranks: raise training.batch_sequences"):
+            list(batches.iterate(epoch, 0, 0, world_size, CPU))
+        return
+    parts = [part for rank in range(world_size) for part in batches.iterate(epoch, 0, rank, world_size, CPU)]
     assert trained_targets(parts) == Counter(item for items in training_part(lengths) for item in items[1:])
 
 
@@ -108,28 +114,30 @@ def test_global_batches_are_the_same_for_every_world_size(world_size: int) -> No
 @given(some_lengths, st.integers(1, 12), st.integers(2, 4))
 def test_ranks_get_equal_tokens_within_one_longest_window(lengths, max_len, world_size):
     batches = plan(lengths, max_len, batch_sequences=12)
-    for members in batches.epoch(0):
-        if len(members) >= world_size:
-            tokens = [len(batches._part(members, rank, world_size, CPU).layout.row_N) for rank in range(world_size)]
-            assert max(tokens) - min(tokens) <= batches.lengths[members].max()
+    for planned in batches.buffers(0):
+        for index, members in enumerate(planned.batches):
+            if len(members) >= world_size:
+                length_W = planned.windows.length_B
+                tokens = [length_W[planned.deal(index, rank, world_size)].sum() for rank in range(world_size)]
+                assert max(tokens) - min(tokens) <= length_W[members].max()
 
 
 def test_batches_hold_equal_tokens_within_one_window() -> None:
     batches = plan([20] * 8 + [6] * 40 + [3] * 60, max_len=9, batch_sequences=8)
-    tokens = [batches.lengths[members].sum() for members in batches.epoch(0)]
+    tokens = [batch.length_B.sum() for batch in batches.epoch(0)]
     assert max(tokens) - min(tokens) <= 2 * 9
 
 
 def test_an_epoch_is_a_function_of_seed_and_number() -> None:
     def windows(batches: TrainingBatches, epoch: int) -> list[list[int]]:
-        return [members.tolist() for members in batches.epoch(epoch)]
+        return [batch.id_B.tolist() for batch in batches.epoch(epoch)]
 
     one = plan(seed=3)
     assert windows(one, 1) == windows(plan(seed=3), 1)
     assert windows(one, 1) != windows(one, 2)
     assert windows(one, 1) != windows(plan(seed=4), 1)
     for epoch in (1, 2):
-        assert sorted(np.concatenate(one.epoch(epoch)).tolist()) == list(range(len(one.starts)))
+        assert sorted(chain.from_iterable(windows(one, epoch))) == every_window(one)
 
 
 def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left() -> None:
@@ -144,7 +152,7 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left() -> None:
 @given(some_lengths, st.integers(1, 8), st.integers(1, 5), st.integers(1, 30))
 def test_every_epoch_has_the_same_number_of_batches_and_none_is_empty(lengths, size, accumulation, max_len):
     """So that updates are whole: accumulated batches never run over the end of an epoch."""
-    if len(plan(lengths, max_len).starts) < accumulation:
+    if plan(lengths, max_len).num_windows < accumulation:
         with pytest.raises(
             GenattError, match=rf"windows cannot fill training\.accumulation_steps={accumulation} batches"
         ):
@@ -153,10 +161,10 @@ def test_every_epoch_has_the_same_number_of_batches_and_none_is_empty(lengths, s
     batches = plan(lengths, max_len, batch_sequences=size, accumulation_steps=accumulation)
     assert batches.num_batches % accumulation == 0
     for epoch in range(4):
-        members = batches.epoch(epoch)
-        assert len(members) == batches.num_batches
-        assert min(map(len, members)) >= 1
-        assert sorted(np.concatenate(members).tolist()) == list(range(len(batches.starts)))
+        found = list(batches.epoch(epoch))
+        assert len(found) == batches.num_batches
+        assert min(map(len, found)) >= 1
+        assert sorted(np.concatenate([batch.id_B for batch in found]).tolist()) == every_window(batches)
 
 
 def test_more_ranks_than_sequences_is_refused_before_anything_starts() -> None:

@@ -1,5 +1,6 @@
 """The published directory: what is written reads back, and what is wrong with it is said plainly."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from data_pipeline.errors import GenattError
 from data_pipeline.format import (
+    INDEX_SCHEMA,
     LedgerEntry,
     Manifest,
     RawFile,
@@ -17,30 +19,40 @@ from data_pipeline.format import (
     load_manifest,
     manifest_hash,
     parquet_bytes,
+    read_index,
     read_shard,
     read_vocabulary,
     shard_schema,
     verify,
 )
-from data_pipeline.known import _sha256
 from data_pipeline.splits import LeaveOneOut
 from data_pipeline.storage import publishing, write_bytes
 
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 SHARD = pa.table({"user_id": [7], "item_ids": [[1, 1]], "timestamps": [[5, 6]]}, schema=shard_schema(pa.int64()))
+INDEX = pa.table({"length": [2], "train": [2], "valid": [-1], "test": [-1]}, schema=INDEX_SCHEMA)
 ITEMS = pa.table({"item_id": [3], "dense_id": pa.array([1], pa.int32()), "count": [2], "train_count": [2]})
 
 
 def manifest() -> Manifest:
-    shard, items = parquet_bytes(SHARD, 10), parquet_bytes(ITEMS, 10)
+    shard, index, items = (parquet_bytes(table, 10) for table in (SHARD, INDEX, ITEMS))
     path, vocabulary = "shards/part-00000.parquet", "vocabulary/items.parquet"
+    places = WrittenFile(path="index/part-00000.parquet", bytes=len(index), sha256=sha256(index))
+    whole = {"path": path, "bytes": len(shard), "sha256": sha256(shard)}
     return Manifest(
         name="small",
         num_users=1,
         num_items=1,
         num_interactions=2,
+        num_shards=1,
+        row_group_size=10,
         split=LeaveOneOut(),
-        files=(ShardFile(path=path, bytes=len(shard), sha256=_sha256(shard), users=1, interactions=2),),
-        vocabulary=WrittenFile(path=vocabulary, bytes=len(items), sha256=_sha256(items)),
+        files=(ShardFile(**whole, shard=0, users=1, interactions=2, index=places),),
+        vocabulary=WrittenFile(path=vocabulary, bytes=len(items), sha256=sha256(items)),
         source=(RawFile(path="log.csv", bytes=9),),
         config={},
         config_hash="",
@@ -52,6 +64,7 @@ def manifest() -> Manifest:
 def published(tmp_path: Path) -> str:
     with publishing(str(tmp_path / "out")) as directory:
         write_bytes(f"{directory}/shards/part-00000.parquet", parquet_bytes(SHARD, 10))
+        write_bytes(f"{directory}/index/part-00000.parquet", parquet_bytes(INDEX, 10))
         write_bytes(f"{directory}/vocabulary/items.parquet", parquet_bytes(ITEMS, 10))
         write_bytes(f"{directory}/manifest.json", manifest().to_json())
     return str(tmp_path / "out")
@@ -62,13 +75,16 @@ def test_round_trip(published: str):
     assert loaded == manifest()
     verify(published, loaded)
     assert read_shard(published, loaded.files[0]).equals(SHARD)
+    assert read_index(published, loaded.files[0]).equals(INDEX)
     assert read_vocabulary(published, loaded).equals(ITEMS)
-    assert manifest_hash(published) == _sha256(manifest().to_json())
+    assert read_vocabulary(published, loaded, ["count"]).equals(ITEMS.select(["count"]))
+    assert manifest_hash(published) == sha256(manifest().to_json())
 
 
 def test_round_trip_in_a_remote_store(tmp_path: Path):
     with publishing("memory://bucket/out") as directory:
         write_bytes(f"{directory}/shards/part-00000.parquet", parquet_bytes(SHARD, 10))
+        write_bytes(f"{directory}/index/part-00000.parquet", parquet_bytes(INDEX, 10))
         write_bytes(f"{directory}/vocabulary/items.parquet", parquet_bytes(ITEMS, 10))
         write_bytes(f"{directory}/manifest.json", manifest().to_json())
     verify("memory://bucket/out", load_manifest("memory://bucket/out"))
@@ -99,12 +115,12 @@ def test_no_manifest(tmp_path: Path):
 
 def test_unknown_schema_version(published: str):
     path = Path(published) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
-    with pytest.raises(GenattError, match="schema version 2, this program reads 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    with pytest.raises(GenattError, match="schema version 1, this program reads 2"):
         load_manifest(published)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 2}'])
 def test_damaged_manifest(content: str, published: str):
     (Path(published) / "manifest.json").write_text(content)
     with pytest.raises(GenattError, match=r"manifest\.json is damaged") as caught:
@@ -112,7 +128,7 @@ def test_damaged_manifest(content: str, published: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["shards/part-00000.parquet", "vocabulary/items.parquet"])
+@pytest.mark.parametrize("name", ["shards/part-00000.parquet", "index/part-00000.parquet", "vocabulary/items.parquet"])
 def test_verify_names_a_changed_and_a_missing_file(name: str, published: str):
     path = Path(published) / name
     path.write_bytes(path.read_bytes()[:-1] + b"x")

@@ -1,5 +1,6 @@
 """The whole preparation on a local Ray."""
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -18,7 +19,7 @@ from log_reference import Row, prepare_slowly
 from data_pipeline import prepare as prepare_module
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
-from data_pipeline.format import Manifest, load_manifest, read_shard, read_vocabulary, verify
+from data_pipeline.format import Manifest, load_manifest, read_index, read_shard, read_vocabulary, verify
 from data_pipeline.local_ray import numbered, outputs
 from data_pipeline.prepare import prepare
 
@@ -68,16 +69,20 @@ def refusal(config: PrepareConfig) -> str:
     return message
 
 
-@pytest.mark.parametrize("duplicates", ["none", "exact", "consecutive"])
-def test_equals_the_plain_reference(
-    duplicates: str, rows: list[Row], days: Path, options: Options, local_cluster: None
-):
-    config = options(
-        days, duplicates=duplicates, min_user_interactions=8, min_item_interactions=12, num_shards=3, rows_per_block=40
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"duplicates": "none", "min_user_interactions": 8, "min_item_interactions": 12},
+        {"duplicates": "exact", "min_user_interactions": 8, "min_item_interactions": 12, "max_history": 5},
+        {"duplicates": "consecutive", "min_count": 22, "out_of_vocabulary": "bucket"},
+        {"min_count": 22, "max_history": 9},
+    ],
+)
+def test_equals_the_plain_reference(changes: dict, rows: list[Row], days: Path, options: Options, local_cluster: None):
+    config = options(days, num_shards=3, rows_per_block=40, **changes)
     manifest = prepare(config, progress=False)
-    expected = prepare_slowly(rows, duplicates, 8, 12)
-    assert 0 < expected.dropped_by_core < 300
+    expected = prepare_slowly(rows, config)
+    assert 0 < sum(expected.dropped.values()) < 350
 
     assert load_manifest(config.out) == manifest
     verify(config.out, manifest)
@@ -85,21 +90,48 @@ def test_equals_the_plain_reference(
     assert [tuple(row.values()) for row in read_vocabulary(config.out, manifest).to_pylist()] == expected.items
     assert manifest.num_users == len(expected.sequences)
     assert manifest.num_items == len(expected.items)
-    assert [(entry.stage, entry.rows_in - entry.rows_out) for entry in manifest.ledger] == [
-        ("read", 0),
-        ("order", expected.dropped_duplicates),
-        ("k-core", expected.dropped_by_core),
-        ("write", 0),
-    ]
-    schema = read_shard(config.out, manifest.files[0]).schema
-    assert [str(field.type) for field in schema] == ["int64", "list<element: int32>", "list<element: int64>"]
+    shared = config.out_of_vocabulary == "bucket"
+    assert manifest.out_of_vocabulary == (len(expected.items) if shared else None)
+    ledger = {entry.stage: entry for entry in manifest.ledger}
+    assert list(ledger) == ["read", "order", "k-core", "write"]
+    dropped = {stage: sum(entry.dropped.values()) for stage, entry in ledger.items()}
+    assert dropped == {
+        "read": 0,
+        "order": expected.dropped["duplicates"],
+        "k-core": expected.dropped["core"],
+        "write": expected.dropped["below_min_count"] + expected.dropped["beyond_max_history"],
+    }
+    shard = read_shard(config.out, manifest.files[0])
+    assert [str(field.type) for field in shard.schema] == ["int64", "list<element: int32>", "list<element: int64>"]
+    index = read_index(config.out, manifest.files[0])
+    ids = shard["item_ids"].to_pylist()
+    held_out = [2 * (len(items) >= 3) for items in ids]
+    assert index["length"].to_pylist() == [len(items) for items in ids]
+    assert index["train"].to_pylist() == [len(items) - out for items, out in zip(ids, held_out, strict=True)]
+    rare = manifest.out_of_vocabulary  # is nobody's target
+    targets = [len(items) - 1 if out and items[-1] != rare else -1 for items, out in zip(ids, held_out, strict=True)]
+    assert index["test"].to_pylist() == targets
 
 
-def test_same_bytes_whatever_the_workers_and_blocks(days: Path, options: Options, tmp_path: Path, local_cluster: None):
-    one, other = (
-        options(days, out=tmp_path / "one"),
-        options(days, out=tmp_path / "other", num_cpus=1, rows_per_block=30),
-    )
+@pytest.mark.parametrize(
+    ("rows_per_block", "slice_bytes"), [(30, 1), (77, 3000), (1_000_000, prepare_module.SLICE_BYTES)]
+)
+def test_same_bytes_whatever_the_blocks(
+    rows_per_block: int, slice_bytes: int, days: Path, options: Options, tmp_path: Path, local_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    prepare(options(days, out=tmp_path / "one"), progress=False)
+    monkeypatch.setattr(prepare_module, "SLICE_BYTES", slice_bytes)
+    prepare(options(days, out=tmp_path / "other", rows_per_block=rows_per_block), progress=False)
+    assert digests(tmp_path / "one") == digests(tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_same_bytes_whatever_the_workers(
+    workers: int, days: Path, options: Options, tmp_path: Path, local_cluster: None
+):
+    one, other = options(days, out=tmp_path / "one"), options(days, out=tmp_path / "other", num_cpus=workers)
     manifest = prepare(one, progress=False)
     script = "import sys; from data_pipeline.prepare import *; prepare(PrepareConfig.model_validate_json(sys.argv[1]))"
     done = subprocess.run(
@@ -112,13 +144,73 @@ def test_same_bytes_whatever_the_workers_and_blocks(days: Path, options: Options
     )
     assert digests(tmp_path / "one") == digests(tmp_path / "other")
     assert done.stdout == ""
-    assert [line.split()[0] for line in done.stderr.splitlines()[:4]] == [
-        "read",
-        "order",
-        "k-core",
-        "write",
-    ]  # and no more
+    stages = [line.split()[0] for line in done.stderr.splitlines() if " rows/s" in line][:5]
+    assert stages == ["read", "order", "encode", "k-core", "write"]  # one line each
     assert str(tmp_path / "one") not in manifest.to_json().decode()
+
+
+def test_weights_ranges_and_splits(options: Options, log: Callable[..., str], local_cluster: None):
+    path = log(
+        user_id=[1, 1, 1, 1, 1, 2, 2],
+        item_id=[10, 20, 30, 40, 50, 10, 60],
+        timestamp=[100, 101, 102, 103, 104, 101, 103],
+        event=["view", "cart", "seen", "cart", "view", "cart", "cart"],
+    )
+    config = options(
+        path,
+        event_column="event",
+        event_weights={"view": 1, "cart": 3},
+        time_to=104,
+        split="time:102,103",
+        num_shards=1,
+    )
+    manifest = prepare(config, progress=False)
+    table, index = read_shard(config.out, manifest.files[0]), read_index(config.out, manifest.files[0])
+    rows = {row["user_id"]: row["weights"] for row in table.to_pylist()}
+    assert rows == {1: [1, 3, 3], 2: [3, 3]}
+    places = dict(zip(table["user_id"].to_pylist(), index.to_pylist(), strict=True))
+    assert places[1] == {"length": 3, "train": 2, "valid": -1, "test": 2}
+    assert places[2] == {"length": 2, "train": 1, "valid": -1, "test": 1}
+    assert manifest.ledger[0].dropped == {"outside_time_range": 1, "event_without_weight": 1}
+    assert manifest.ledger[0].rows_in == 7
+
+
+def test_hash_buckets(options: Options, log: Callable[..., str], local_cluster: None):
+    path = log(user_id=[1, 1, 2], item_id=["a", "b", "a"], timestamp=[1, 2, 1])
+    manifest = prepare(options(path, hash_buckets=50), progress=False)
+    assert manifest.num_items == 50
+    table = read_vocabulary(options(path).out, manifest)
+    assert table["dense_id"].to_pylist() == list(range(1, 51))
+    assert manifest.buckets is not None
+    buckets = pl.read_parquet(f"{options(path).out}/{manifest.buckets.path}")
+    dense = dict(zip(buckets["item_id"], buckets["dense_id"], strict=True))
+    assert sequences(options(path).out, manifest) == {1: ([dense["a"], dense["b"]], [1, 2]), 2: ([dense["a"]], [1])}
+
+
+def test_a_ledger_that_does_not_add_up_fails(
+    options: Options, log: Callable[..., str], monkeypatch: pytest.MonkeyPatch, local_cluster: None
+):
+    def short(*arguments: object) -> tuple:
+        counted, *slices = split(*arguments)
+        return (counted, slices[0][:0], *slices[1:])  # rows of a shard get lost on the way
+
+    split = prepare_module.tasks.split
+    monkeypatch.setattr(prepare_module.tasks, "split", short)
+    message = refusal(options(log(user_id=list(range(9)), item_id=[1] * 9, timestamp=[1] * 9)))
+    assert message.startswith("the ledger does not add up: stage order: 9 rows in")
+
+
+def test_a_source_that_changes_fails(
+    options: Options, log: Callable[..., str], monkeypatch: pytest.MonkeyPatch, local_cluster: None
+):
+    def more(*arguments: object) -> object:
+        planned = plan(*arguments)
+        return dataclasses.replace(planned, rows=planned.rows + 1)
+
+    plan = prepare_module.plan
+    monkeypatch.setattr(prepare_module, "plan", more)
+    message = refusal(options(log(user_id=[1, 2], item_id=[1, 1], timestamp=[1, 1])))
+    assert "3 rows when it was looked at, 2 when it was read" in message
 
 
 def test_ties_keep_the_order_of_rows(options: Options, log: Callable[..., str], local_cluster: None):
@@ -238,7 +330,7 @@ def test_interruption_leaves_nothing(
         raise KeyboardInterrupt
 
     path = log(user_id=[1], item_id=[1], timestamp=[1])
-    monkeypatch.setattr(prepare_module, "_write_vocabulary", interrupted)  # the shards are written by now
+    monkeypatch.setattr(prepare_module.vocabulary, "finish", interrupted)  # the shards are written by now
     with pytest.raises(KeyboardInterrupt):
         prepare(options(path), progress=False)
     assert [file.name for file in tmp_path.iterdir()] == ["log.parquet"]

@@ -65,15 +65,9 @@ def test_the_map_of_a_deterministic_attention_is_the_models(trained: Trained, tm
     report = written(trained, tmp_path)
     users = choose(trained.sequences, "test", trained.config.data.max_len)
     assert [entry["user_id"] for entry in report["users"]] == [100 + user_of(trained, user) for user in users]
-    end = trained.sequences.history_end("test")[users]
-    batch = Histories.of(
-        trained.sequences.items,
-        trained.sequences.offsets[users],
-        end,
-        users,
-        trained.config.data.max_len,
-        trained.device,
-    )
+    lengths = trained.sequences.history_end("test")[users] - trained.sequences.offsets[users]
+    items, first = trained.sequences.take(trained.sequences.offsets[users], lengths)
+    batch = Histories.of(items, first, first + lengths, users, trained.config.data.max_len, trained.device)
     with torch.no_grad():
         output = trained.backbone(trained.table.lookup(batch.items_N), sampling_context(batch, trained.config))
     a_BHnn = attention_map(output.maps[0], batch.layout)

@@ -40,11 +40,15 @@ def ranked(model: DenseModel, sequences: Sequences, split: str, config: RunConfi
     return evaluate(model.backbone, model.items, sequences, split, config, CPU, **more)  # type: ignore[arg-type]
 
 
+def history_of(sequences: Sequences, user: int) -> np.ndarray:
+    return sequences.take(sequences.offsets[[user]], sequences.lengths[[user]])[0]
+
+
 def brute_force(scores_UV: np.ndarray, sequences: Sequences, split: str, exclude_seen: bool) -> Result:
     """Ranks and metrics from all scores [U, V] by loops."""
     ranks, shown = [], np.zeros((len(CUTOFFS), sequences.num_items), int)
-    for user in np.flatnonzero(sequences.has_targets):
-        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+    for user in np.flatnonzero(sequences.has_target(split)):
+        history = history_of(sequences, user).tolist()
         held_out = {"valid": 2, "test": 1}[split]
         target, known = history[-held_out], history[:-held_out]
         scores = {item: float(scores_UV[user, item - 1]) for item in range(1, sequences.num_items + 1)}
@@ -63,8 +67,8 @@ def scores_by_hand(model: DenseModel, sequences: Sequences, split: str, max_len:
     assert model.items is not None
     weight = model.items.weight.detach()
     scores = np.zeros((sequences.num_users, sequences.num_items))
-    for user in np.flatnonzero(sequences.has_targets):
-        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+    for user in np.flatnonzero(sequences.has_target(split)):
+        history = history_of(sequences, user).tolist()
         history = history[: -{"valid": 2, "test": 1}[split]][-max_len:]
         layout = Jagged.of(torch.tensor([len(history)]), len(history), len(history))
         with torch.no_grad():
@@ -126,7 +130,7 @@ def test_parts_of_a_split_add_up_to_the_whole(model: DenseModel, sequences: Sequ
 def test_progress_counts_every_user_once(model: DenseModel, sequences: Sequences, prepared: Path) -> None:
     told: list[int] = []
     found = ranked(model, sequences, "valid", run_config(prepared), progress=told.append)
-    assert sum(told) == len(found.rank_U) == int(sequences.has_targets.sum())
+    assert sum(told) == len(found.rank_U) == int(sequences.has_target("valid").sum())
 
 
 @every_split
@@ -136,7 +140,7 @@ def test_popularity_equals_counting_the_training_part(
 ) -> None:
     counts = np.zeros(sequences.num_items)
     for user in range(sequences.num_users):
-        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+        history = history_of(sequences, user)
         np.add.at(counts, history[: len(history) - 2 if len(history) >= 3 else None] - 1, 1)
     # Equal counts are ordered by chance: dense ids follow all counts, held-out ones too, and would leak them.
     scores = counts * sequences.num_items - np.random.default_rng(0).permutation(sequences.num_items)

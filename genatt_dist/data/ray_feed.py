@@ -1,0 +1,234 @@
+"""Training batches under Ray Train: from the blocks that Ray Data gives each worker, every row once an epoch.
+
+    trainer = TorchTrainer(loop, datasets={"train": ray_dataset(path, data)}, dataset_config=every_row(), …)
+    # in the loop of each worker:
+    feed = RayBatches(TrainingBatches.plan(sequences, data, training), all_gathered(group))
+    for batch in feed.iterate(ray.train.get_dataset_shard("train"), epoch, rank, world_size, device): …
+
+Ray assigns blocks to workers as they ask for them, so the order is its own: an epoch has the windows and the number of
+batches of the plan, but other batches than the loader's, and no cursor inside it. How many rows a worker gets is up to
+Ray too, while every step is collective. So workers compare what they hold once for a pool of batches, not once a step:
+who got too few rows is given some of the others', and all learn how many tokens each global batch of the pool has.
+
+Legend: W ranks; a row is a training window: `window` int64 (its id), `items` list<int32> (with the last target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import GenattError
+from data_pipeline.format import Manifest, load_manifest, read_index
+from genatt_dist.attention.noise import Purpose, derive
+from genatt_dist.config import DataConfig
+from genatt_dist.data.ahead import ahead
+from genatt_dist.data.batches import (
+    BATCHES_AHEAD,
+    POOL_BATCHES,
+    WINDOW_BITS,
+    Batch,
+    Part,
+    TrainingBatches,
+    Windows,
+    batches_of,
+    windows_of,
+)
+from genatt_dist.data.row_groups import Ints, Shards
+from genatt_dist.data.sequences import gather
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
+    from ray.train import DataConfig as RayDataConfig
+
+MOST_BLOCKS = 10_000  # of a data set; Ray keeps track of each
+SCHEMA = pa.schema([("window", pa.int64()), ("items", pa.list_(pa.int32()))])
+
+
+def ray_dataset(path: str, data: DataConfig) -> Dataset:
+    """The training windows of the shards at `path` as a Ray data set, a block for each row group; read when streamed.
+
+    Raises GenattError when there is no prepared data set.
+    """
+    import ray
+
+    manifest = load_manifest(path)
+    work, first_user = [], 0
+    for shard, file in enumerate(manifest.files):
+        for number, low in enumerate(range(0, file.users, manifest.row_group_size)):
+            work.append({"shard": shard, "row_group": number, "first_user": first_user + low})
+        first_user += file.users
+    blocks = ray.data.from_items(work, override_num_blocks=min(len(work), MOST_BLOCKS))
+    return blocks.map_batches(_Cut(path, data), batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+
+
+def every_row() -> RayDataConfig:
+    """How Ray Train has to split the data set: Ray's default cuts rows off, so that all workers get equally many."""
+    import ray.train
+
+    class EveryRow(ray.train.DataConfig):
+        def configure(
+            self, datasets: dict[str, Dataset], world_size: int, *_: Any, **__: Any
+        ) -> list[dict[str, DataIterator]]:
+            shards: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+            for name, dataset in datasets.items():
+                for own, part in zip(shards, dataset.streaming_split(world_size, equal=False), strict=True):
+                    own[name] = part
+            return shards
+
+    return EveryRow()
+
+
+def all_gathered(group: dist.ProcessGroup | None = None) -> Callable[[Any], list[Any]]:
+    """What every rank passes, on all ranks, by rank. group: one for the CPU (gloo), also where training has another."""
+
+    def exchange(value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return exchange
+
+
+@dataclass(frozen=True)
+class RayBatches:
+    """Batches of the windows that `plan` counts. exchange: see `all_gathered`; a collective of all ranks."""
+
+    plan: TrainingBatches
+    exchange: Callable[[Any], list[Any]]
+
+    def iterate(
+        self, shard: DataIterator, epoch: int, rank: int, world_size: int, device: torch.device
+    ) -> Generator[Batch, None, None]:
+        """This rank's parts of the batches of an epoch, `plan.num_batches` on every rank.
+
+        Raises GenattError when a rank would get no sequence of a batch, or when Ray gave other rows than the plan has.
+        """
+        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for part in self.parts(iter(blocks), epoch, rank, world_size):
+            yield part.on(device)
+
+    def parts(self, blocks: Iterator[pa.Table], epoch: int, rank: int, world_size: int) -> Generator[Part, None, None]:
+        """`iterate` of tables of rows, not yet on a device."""
+        total, number = self.plan.num_windows, self.plan.num_batches
+        if total // number < world_size:
+            raise GenattError(
+                f"a global batch of {total // number} sequences for {world_size} ranks: raise training.batch_sequences"
+            )
+        pool = POOL_BATCHES * max(1, self.plan.data.shuffle_windows * number // (total * POOL_BATCHES))
+        held = _Held(blocks)
+        for first in range(0, number, pool):
+            end = min(first + pool, number)
+            windows = total * end // number - total * first // number
+            shares = np.diff(windows * np.arange(world_size + 1) // world_size)
+            rows = self._share(held, shares, rank)
+            yield from self._pool(rows, end - first, rank, epoch, first)
+        if held.more(1):
+            raise GenattError(f"Ray gave more rows than the {total} windows of the plan: make both of one path")
+
+    def _share(self, held: _Held, share_W: Ints, rank: int) -> pa.Table:
+        """This rank's share of a pool, out of what it holds and what others have too much. Collective."""
+        missing = np.maximum(share_W - self.exchange(held.more(int(share_W[rank]))), 0)
+        short = int(missing.sum())
+        if not short:
+            return held.take(int(share_W[rank]))
+        surplus = np.maximum(np.array(self.exchange(held.more(int(share_W[rank]) + short))) - share_W, 0)
+        before = np.cumsum(surplus) - surplus
+        given = np.clip(short - before, 0, surplus)
+        if given.sum() < short:
+            raise GenattError(
+                f"Ray gave {short - given.sum()} rows less than the {self.plan.num_windows} windows of the plan: make "
+                "both of one path, and split with genatt_dist.data.ray_feed.every_row()"
+            )
+        own = held.take(int(share_W[rank] - missing[rank]))
+        gifts = pa.concat_tables(self.exchange(held.take(int(given[rank]))))
+        mine = slice(int(missing[:rank].sum()), int(missing[: rank + 1].sum()))
+        return pa.concat_tables([own, gifts.slice(mine.start, mine.stop - mine.start)])
+
+    def _pool(self, rows: pa.Table, number: int, rank: int, epoch: int, first: int) -> Iterator[Part]:
+        """`number` batches of this rank's rows. Collective."""
+        rows = rows.combine_chunks()
+        lists = rows["items"].combine_chunks()
+        length = pc.list_value_length(lists).to_numpy().astype(np.int64) - 1
+        items, start = lists.flatten().to_numpy(), np.cumsum(length + 1) - length - 1
+        windows = Windows(start, length, rows["window"].to_numpy())
+        batches = batches_of(self._random(epoch, first, 1 + rank).permutation(len(length)), length, number)
+        mine = np.array([(length[batch].sum(), len(batch)) for batch in batches])
+        tokens, sequences = np.sum(self.exchange(mine), axis=0).T.tolist()
+        last = self.plan.data.targets == "last"
+        # The same order on all ranks, so that their parts of a batch are alike in length.
+        for index in self._random(epoch, first, 0).permutation(number):
+            chosen = windows.of(batches[index])
+            part = gather(items, chosen.start_B, chosen.length_B + 1)
+            yield Part(part, chosen, last, tokens[index], sequences[index])
+
+    def _random(self, *words: int) -> np.random.Generator:
+        key = int(derive(self.plan.seed, int(Purpose.SHUFFLE), *words)) % (1 << 64)
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+class _Held:
+    """Rows that have come and are not trained yet."""
+
+    def __init__(self, blocks: Iterator[pa.Table]) -> None:
+        self._blocks = ahead(blocks, BATCHES_AHEAD, "block of Ray Data")
+        self._rows = SCHEMA.empty_table()
+
+    def more(self, count: int) -> int:
+        """Wait until so many rows are here, or all that come; how many there are."""
+        tables = [self._rows]
+        here = len(self._rows)
+        while here < count and (block := next(self._blocks, None)) is not None:
+            tables.append(block.select(SCHEMA.names).cast(SCHEMA))
+            here += len(block)
+        self._rows = pa.concat_tables(tables)
+        return here
+
+    def take(self, count: int) -> pa.Table:
+        """The first rows, which then are here no more; a copy, so that nothing else travels or is kept with them."""
+        rows = self._rows.slice(0, count).take(np.arange(min(count, len(self._rows))))
+        self._rows = self._rows.slice(count)
+        return rows
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Makes rows of a row group, in a process of Ray's. The block passed names it: shard, row_group, first_user."""
+
+    path: str
+    data: DataConfig
+
+    def __call__(self, work: pa.Table) -> pa.Table:
+        tables = [self._rows(**row) for row in work.to_pylist()]
+        return pa.concat_tables(tables)
+
+    def _rows(self, shard: int, row_group: int, first_user: int) -> pa.Table:
+        manifest, shards = _opened(self.path)
+        lists = shards.column(shard, [row_group], "item_ids").combine_chunks()
+        index = _index(self.path, shard).slice(row_group * manifest.row_group_size, len(lists))
+        offsets = np.append(0, np.cumsum(index["length"].to_numpy(), dtype=np.int64))
+        train = index["train"].to_numpy()
+        windows = windows_of(np.arange(len(lists)), offsets, train, self.data)
+        items = gather(lists.flatten().to_numpy(), windows.start_B, windows.length_B + 1)
+        ends = np.append(0, np.cumsum(windows.length_B + 1)).astype(np.int32)
+        ids = windows.id_B + (first_user << WINDOW_BITS)
+        return pa.table([ids, pa.ListArray.from_arrays(ends, items)], schema=SCHEMA)
+
+
+@lru_cache(maxsize=4)
+def _opened(path: str) -> tuple[Manifest, Shards]:
+    manifest = load_manifest(path)
+    return manifest, Shards(path, manifest.files)
+
+
+@lru_cache(maxsize=4)
+def _index(path: str, shard: int) -> pa.Table:
+    return read_index(path, _opened(path)[0].files[shard])

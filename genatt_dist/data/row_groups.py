@@ -1,0 +1,213 @@
+"""Row groups of the shards, read when they are needed, ahead of it where the order is known, in bounded memory.
+
+Only the bytes of one column of the row groups asked for are read, each Parquet footer once; page checksums find damage.
+
+Legend: G row groups of all shards, in the order of the manifest; a row group's items lie one user after the other.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as LateError
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import GenattError
+from data_pipeline.format import MEND, Manifest, ShardFile
+from data_pipeline.storage import read_ranges, redact
+from genatt_dist.data.ahead import LIMIT_SECONDS
+
+Items = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+READERS = 8  # row groups on their way at a time: what hides the latency of an object store
+_TAIL = 1 << 16  # bytes read from a shard's end, where its footer lies; a longer one takes a second read
+
+
+class Shards:
+    """Columns of the row groups of a prepared directory."""
+
+    def __init__(self, path: str, files: Sequence[ShardFile]) -> None:
+        self._path, self._files = path, files
+        self._footers: dict[int, pq.FileMetaData] = {}
+        self._locks = [threading.Lock() for _ in files]
+
+    def column(self, shard: int, row_groups: Sequence[int], name: str) -> pa.ChunkedArray:
+        """Column `name` of some row groups of the shard with this index in the manifest.
+
+        Raises GenattError naming file and row groups: unreadable, damaged.
+        """
+        file = self._files[shard]
+        try:
+            footer = self._footer(shard)
+            ranges = [_chunk(footer.row_group(group), name) for group in row_groups]
+            parts = read_ranges(f"{self._path}/{file.path}", ranges)
+            sparse = pa.PythonFile(_Sparse(file.bytes, [start for start, _ in ranges], parts), mode="r")
+            reader = pq.ParquetFile(sparse, metadata=footer, page_checksum_verification=True, pre_buffer=False)
+            return reader.read_row_groups(list(row_groups), columns=[name], use_threads=False)[name]
+        except (OSError, IndexError, KeyError, pa.ArrowException) as error:
+            several = f"row group{'s' if len(row_groups) > 1 else ''} {', '.join(map(str, row_groups[:3]))}"
+            raise GenattError(
+                f"{redact(self._path)}/{file.path} is damaged: cannot read {name} of {several}: "
+                f"{' '.join(str(error).split())}: {MEND}"
+            ) from error
+
+    def _footer(self, shard: int) -> pq.FileMetaData:
+        with self._locks[shard]:
+            if shard not in self._footers:
+                file = self._files[shard]
+                url, size = f"{self._path}/{file.path}", file.bytes
+                (tail,) = read_ranges(url, [(max(0, size - _TAIL), size)])
+                length = int.from_bytes(tail[-8:-4], "little") + 8
+                if len(tail) < length <= size:
+                    (tail,) = read_ranges(url, [(size - length, size)])
+                self._footers[shard] = pq.ParquetFile(pa.BufferReader(tail)).metadata
+            return self._footers[shard]
+
+
+def _chunk(row_group: pq.RowGroupMetaData, name: str) -> tuple[int, int]:
+    """The bytes [start, stop) of a column, by the name of its top field."""
+    for index in range(row_group.num_columns):
+        column = row_group.column(index)
+        if column.path_in_schema.split(".")[0] == name:
+            start = column.data_page_offset
+            if column.has_dictionary_page:
+                start = min(start, column.dictionary_page_offset)
+            return start, start + column.total_compressed_size
+    raise KeyError(f"it has no column {name}")
+
+
+class _Sparse(io.RawIOBase):
+    """A file of which only some parts are here: those that the reader, who knows the footer, asks for."""
+
+    def __init__(self, size: int, starts: list[int], parts: list[bytes]) -> None:
+        self._size, self._starts, self._parts, self._at = size, starts, parts, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        for start, part in zip(self._starts, self._parts, strict=True):
+            if start <= self._at < start + len(part):
+                found = part[self._at - start :][: size if size >= 0 else None]
+                self._at += len(found)
+                return found
+        raise OSError(f"nothing was read at byte {self._at}")
+
+
+class RowGroups:
+    """Items of row groups: those used last are kept, as many as `capacity` bytes hold.
+
+    A data set that fits is read once. While `along` runs, up to `capacity` bytes more may be on their way.
+    """
+
+    def __init__(self, read: Callable[[int], Items], first_item_G: Ints, capacity: int) -> None:
+        """read: the items of a row group, safe to call from several threads. first_item_G: [G + 1], the place of each
+        row group's first item among all items.
+        """
+        self._read, self.first_item_G, self.capacity = read, first_item_G, capacity
+        self._kept: OrderedDict[int, Items] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(
+        path: str, manifest: Manifest, shard_G: Ints, number_G: Ints, first_item_G: Ints, capacity: int
+    ) -> RowGroups:
+        """Those of the shards at `path`. shard_G, number_G: each row group's shard, and its number in the shard."""
+        shards = Shards(path, manifest.files)
+
+        def read(group: int) -> Items:
+            shard, number = int(shard_G[group]), int(number_G[group])
+            lists = shards.column(shard, [number], "item_ids").combine_chunks()
+            items: Items = lists.flatten().to_numpy(zero_copy_only=False)
+            where = f"{redact(path)}/{manifest.files[shard].path} row group {number}"
+            expected = int(first_item_G[group + 1] - first_item_G[group])
+            if len(items) != expected:
+                raise GenattError(
+                    f"{where} is damaged: it holds {len(items)} interactions, its index says {expected}: {MEND}"
+                )
+            if len(items) and not 1 <= int(items.min()) <= int(items.max()) <= manifest.num_items:
+                raise GenattError(
+                    f"{where}: item ids span {items.min()}..{items.max()}, not 1..{manifest.num_items}: {MEND}"
+                )
+            return items
+
+        return RowGroups(read, first_item_G, capacity)
+
+    def __getitem__(self, group: int) -> Items:
+        """The items of one row group: int32."""
+        if (items := self._cached(group)) is not None:
+            return items
+        items = self._read(group)
+        with self._lock:
+            if group not in self._kept:
+                self._kept[group] = items
+                self._held += items.nbytes
+            while self._held > self.capacity:
+                self._held -= self._kept.popitem(last=False)[1].nbytes
+        return items
+
+    def along(self, order: Iterable[tuple[T, int]]) -> Generator[tuple[T, Items], None, None]:
+        """The items of row groups in `order` (anything, row group), which is asked for as far ahead as `capacity`
+        bytes reach. Errors of reading are raised here.
+        """
+        pool: ThreadPoolExecutor | None = None
+        coming: deque[tuple[T, int, Future[Items] | Items]] = deque()
+        coming_bytes, rest = 0, iter(order)
+        try:
+            while True:
+                while coming_bytes < self.capacity or not coming:
+                    if (wanted := next(rest, None)) is None:
+                        break
+                    name, group = wanted
+                    found: Future[Items] | Items | None = self._cached(group)
+                    if found is None:
+                        pool = pool or ThreadPoolExecutor(READERS, "row groups")
+                        found = pool.submit(self.__getitem__, group)
+                    coming.append((name, group, found))
+                    coming_bytes += self._bytes(group)
+                if not coming:
+                    return
+                name, group, found = coming.popleft()
+                try:
+                    items = found.result(LIMIT_SECONDS) if isinstance(found, Future) else found
+                except LateError:
+                    raise GenattError(
+                        f"a row group of data.path was not read in {LIMIT_SECONDS:.0f} s: see whether it answers"
+                    ) from None
+                coming_bytes -= self._bytes(group)
+                del found
+                yield name, items
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _cached(self, group: int) -> Items | None:
+        with self._lock:
+            items = self._kept.get(group)
+            if items is not None:
+                self._kept.move_to_end(group)
+            return items
+
+    def _bytes(self, group: int) -> int:
+        return 4 * int(self.first_item_G[group + 1] - self.first_item_G[group])
