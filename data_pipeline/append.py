@@ -46,7 +46,7 @@ from data_pipeline.order import by_key, by_user_and_time
 from data_pipeline.readers import Plan, in_unit
 from data_pipeline.sequences import Sequences
 from data_pipeline.splits import TimePoint
-from data_pipeline.storage import copy, explaining, filesystem, one_line, opened, redact
+from data_pipeline.storage import check_access, copy, explaining, filesystem, one_line, opened, redact
 
 # What makes a version's content, and so cannot differ between versions.
 INHERITED = (
@@ -78,6 +78,7 @@ class Parent:
         GenattError
             None is there, it is damaged, or it has another schema version.
         """
+        check_access(path)
         manifest = shards.load_manifest(path)
         fs, root = filesystem(path)
         with explaining(path, "read"):
@@ -301,8 +302,8 @@ def _again(user: Ints, items: np.ndarray[Any, Any], times: Ints, fresh: Flags, c
 
 
 def drift_text(drift: Mapping[str, int]) -> str:
-    """`drift` in one line for people."""
-    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in drift.items())
+    """`drift` in one line for people, without zeros."""
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in drift.items() if value) or "nothing new"
 
 
 def sequences_of(table: pa.Table) -> Sequences:

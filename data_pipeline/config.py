@@ -17,7 +17,7 @@ class PrepareConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        description="a known set (`ml-100k`, `amazon-beauty` …), `synthetic[:key=value,...]`, or any fsspec path or glob"
+        description="a known set (`ml-100k` …), `synthetic[:key=value,...]`, or a file, directory or glob (any fsspec path)"
     )
     out: str = Field(min_length=1, description="directory to create; it must not exist")
     name: str | None = Field(None, description="name of the data set; default: taken from the source")

@@ -118,6 +118,8 @@ def dry_run(config: PrepareConfig) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="genatt-") as workdir:
         source = resolve(config, Path(workdir))
         planned = plan(source, config)
+        if parent is not None:
+            planned = parent.matched(planned)
         rows = _rows(planned)
     if isinstance(config.split, TimePoint):
         config = config.model_copy(
@@ -141,7 +143,7 @@ def dry_run(config: PrepareConfig) -> DryRun:
         rows=rows,
         pruned_rows=planned.pruned_rows,
         pruned_files=planned.pruned_files,
-        read_tasks=len(planned.chunks),
+        read_tasks=len(planned.tasks),
         shards=count,
         estimates=_estimates(planned, rows.number, count, config),
         steps=tuple(_steps(planned, count, config, None if source.items is None else source.items.label)),
@@ -223,7 +225,7 @@ def _estimates(planned: Plan, rows: int, shards: int, config: PrepareConfig) -> 
 
 
 def _steps(planned: Plan, shards: int, config: PrepareConfig, items: str | None) -> Sequence[Step]:
-    block = f"{len(planned.chunks):,} tasks: about {config.rows_per_block:,} rows of Parquet, or a text file, each"
+    block = f"{len(planned.tasks):,} tasks: about {config.rows_per_block:,} rows of Parquet, or a text file, each"
     cleaning = []
     if planned.time_from is not None or planned.time_to is not None:
         bounds = {"from": planned.time_from, "before": planned.time_to}

@@ -36,7 +36,7 @@ def filesystem(path: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, st
         if scheme == "s3":
             return _s3(path, options)
         fs, inner = fsspec.core.url_to_fs(path, **OPTIONS.get(scheme, {}), **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if scheme in EXTRAS and isinstance(error, ImportError):
             raise GenattError(
                 f"cannot open {redact(path)}: {scheme}:// is not installed: pip install 'genatt-dist[{EXTRAS[scheme]}]'"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ import psutil
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private import worker as ray_worker
 from ray.data import DataContext, Dataset
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, WorkerCrashedError
 
 from data_pipeline.errors import GenattError
 from data_pipeline.storage import one_line
@@ -30,14 +33,17 @@ RAY_POSTSCRIPT = "\nFailed to apply UDF transform"  # Ray Data appends advice to
 CONTEXT = {
     "enable_progress_bars": False,
     "raise_original_map_exception": True,  # Ray Data's own wrapper loses what it wraps on the way here
-    "target_max_block_size": 128 << 20,  # a text file is read in one task but leaves it in bounded blocks
+    "target_max_block_size": 64 << 20,  # a text file is read in one task but leaves it in bounded blocks
 }
-STORE_BYTES = 1 << 28  # of the object store for each CPU, unless told otherwise; what does not fit is spilled to disk
-LEAST_STORE_BYTES = 1 << 29
+LOGGERS = ("ray.data", "ray._private.worker")  # both report errors of tasks
+STORE_BYTES = 3 << 26  # of the object store for each CPU, unless told otherwise; what does not fit is spilled to disk
+LEAST_STORE_BYTES = 3 << 27
 STORE_SHARE = 0.3  # of the machine's memory, at most
 CPUS_PER_SPILLER = 4  # Ray's default is four processes that spill and four that read back, on a laptop too
 WARM_SECONDS = 0.2
+SPILL_DIRECTORY = "RAY_object_spilling_directory"  # Ray's own variable, set by whoever starts this
 STALL_SECONDS = 1800.0  # no task of a stage ended for so long: something hangs
+CANCEL_SECONDS = 10.0  # that Ray gets to end the workers of cancelled tasks
 
 
 @contextmanager
@@ -52,18 +58,21 @@ def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> It
     GenattError
         Ray cannot start.
     """
-    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
+    context, loggers = DataContext.get_current(), [logging.getLogger(name) for name in LOGGERS]
     before = {name: getattr(context, name) for name in CONTEXT}
     preserve_order = context.execution_options.preserve_order
-    level = logger.level
+    levels, printed = [logger.level for logger in loggers], ray_worker.print_to_stdstream
     ours, began = not ray.is_initialized(), time.perf_counter()
     try:
         if ours:
+            # Not public, but what the raylet has to say (tracebacks of it, pages of its log) goes to stdout otherwise.
+            ray_worker.print_to_stdstream = lambda *_, **__: None
             _start(num_cpus, object_store_bytes)
         for name, value in CONTEXT.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = True  # ties of time are broken by the order of the source
-        logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
         if ours:
             _warm_up()
         yield time.perf_counter() - began if ours else 0.0
@@ -71,9 +80,11 @@ def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> It
         for name, value in before.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = preserve_order
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if ours:
             ray.shutdown()
+            ray_worker.print_to_stdstream = printed
 
 
 def store_bytes(num_cpus: int | None) -> int:
@@ -97,10 +108,13 @@ def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
         "_system_config": {"max_io_workers": max(1, (num_cpus or _cpus()) // CPUS_PER_SPILLER)},
     }
     shared = {"runtime_env": {"env_vars": ENVIRONMENT}}
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=cluster or "local", log_to_driver=False, logging_level=logging.ERROR, **(shared if cluster else own)
         )
+        if callable(terminated):  # Ray puts a handler of its own in its place
+            signal.signal(signal.SIGTERM, terminated)
     except Exception as error:  # ray raises half a dozen kinds here
         raise GenattError(
             f"Ray cannot start: {one_line(error)}: end other Ray processes or free memory and disk, then try again"
@@ -145,7 +159,10 @@ def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int, 
 
 
 def done(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, ray.ObjectRef]]:
-    """Place and reference of each of `refs`, as they come; the tasks still running are cancelled when one fails.
+    """Place and reference of each of `refs`, as they come.
+
+    When one fails, or the caller stops, the workers of the others are ended: none writes anything afterwards. A worker
+    asked to stop by itself would do so only when the call into a library it is in has returned.
 
     Raises
     ------
@@ -164,8 +181,10 @@ def done(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, ray.O
                 )
             yield place[ended[0]], ended[0]
     finally:
-        for ref in pending:
-            ray.cancel(ref)
+        if pending:
+            for ref in pending:
+                ray.cancel(ref, force=True)
+            ray.wait(pending, num_returns=len(pending), timeout=CANCEL_SECONDS, fetch_local=False)
 
 
 def results(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, Any]]:
@@ -189,8 +208,25 @@ def _plain(error: Exception, stage: str) -> GenattError:
     said = " ".join(str(root).partition(RAY_POSTSCRIPT)[0].split())
     if type(root) is GenattError:
         return GenattError(said)
+    if isinstance(root, OutOfDiskError | ObjectStoreFullError):
+        return GenattError(
+            f"stage {stage}: Ray's object store is full, and so is the disk of {_spill_directory()} that it spills to "
+            f"(Ray stops at 95%): free some of it, name a directory on another disk in {SPILL_DIRECTORY}, or raise "
+            "--object-store-bytes"
+        )
+    if isinstance(root, OutOfMemoryError | WorkerCrashedError):
+        return GenattError(
+            f"stage {stage}: the worker of a task was killed each time it was tried (out of memory?): free memory, or "
+            "take smaller tasks (--rows-per-block, --num-shards), or fewer at once (--num-cpus)"
+        )
     said = f"{type(root).__name__}: {said[:500]}"
     return GenattError(f"stage {stage} failed in Ray: {said}: see Ray's own logs, then try again")
+
+
+def _spill_directory() -> str:
+    node = ray_worker._global_node
+    own = node and os.path.dirname(node.get_session_dir_path())
+    return os.environ.get(SPILL_DIRECTORY) or own or "Ray's session"
 
 
 def _root(error: BaseException) -> BaseException:

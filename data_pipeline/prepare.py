@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from data_pipeline.format import (
 )
 from data_pipeline.k_core import Flags, Ints, Items
 from data_pipeline.local_ray import done, local_ray, numbered, outputs, results
-from data_pipeline.memory import MemorySampler, spilled_bytes
+from data_pipeline.memory import MemorySampler, SpillCounter
 from data_pipeline.progress import Stage, Stages, Usage
 from data_pipeline.readers import Plan, in_unit, plan, read_table
 from data_pipeline.sources import Source, resolve
@@ -43,9 +44,10 @@ from data_pipeline.vocabulary import Vocabulary
 LEAST_SHARDS = 8
 ROWS_PER_SHARD = 1_000_000  # what one task orders in memory: some 100 bytes a row
 TEXT_ROW_BYTES = 32  # a guess at a row of CSV or JSON, for the number of shards alone
+READ_RETRIES = 3  # of a task whose worker is killed; Ray Data's own tasks are tried without end
 SLICE_BYTES = 1 << 18  # smaller objects would be kept in the driver's memory
 VOCABULARY_ROW_GROUP = 1 << 16
-MERGE_TABLES = 8  # item counts merged at a time
+MERGE_ROWS = 1 << 21  # item counts of the shards are merged when there are so many
 
 
 def prepare(config: PrepareConfig, progress: bool = True, stages: Stages | None = None) -> Manifest:
@@ -83,8 +85,9 @@ def prepare(config: PrepareConfig, progress: bool = True, stages: Stages | None 
         if isinstance(config.split, TimePoint):
             config = config.model_copy(update={"split": config.split.resolved(partial(_moment, planned))})
         with local_ray(config.num_cpus, config.object_store_bytes) as ray_seconds:
+            spill = SpillCounter()
             manifest = _Job(source, planned, config, directory, stages, parent).run()
-            spilled = spilled_bytes()
+            spilled = spill.bytes()
         write_bytes(f"{directory}/{MANIFEST}", manifest.to_json())
         stages.usage = Usage(ray_seconds, spilled, memory.use())
     title = f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items"
@@ -155,22 +158,27 @@ class _Job:
 
     def _read(self) -> list[list[ray.ObjectRef]]:
         """Reads and cleans the source; returns the slices of every shard, in the order of the source."""
-        chunks = numbered("chunk", len(self._plan.chunks)).map_batches(
-            tasks.read_block,
-            fn_kwargs={"plan": self._plan, "config": self._config, "num_shards": self._num_shards},
-            batch_format="pyarrow",
-            batch_size=None,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of `max_retries`, which has nothing in its place yet
+            chunks = numbered("task", len(self._plan.tasks)).map_batches(
+                tasks.read_block,
+                fn_kwargs={"plan": self._plan, "config": self._config, "num_shards": self._num_shards},
+                batch_format="pyarrow",
+                batch_size=None,
+                max_retries=READ_RETRIES,
+            )
         split = ray.remote(tasks.split).options(num_returns=self._num_shards + 1)
         told: list[ray.ObjectRef] = []
         slices: list[list[ray.ObjectRef]] = [[] for _ in range(self._num_shards)]
-        with self._stages.stage("read", steps=len(self._plan.chunks)) as stage:
+        parts: list[ray.ObjectRef] = []
+        with self._stages.stage("read", steps=len(self._plan.tasks)) as stage:
             for group in _grouped(outputs(chunks, "read"), SLICE_BYTES * self._num_shards, stage):
                 first, *parts = split.remote(self._num_shards, *group)
+                del group  # the blocks are not needed for longer
                 told.append(first)
                 for shard, part in zip(slices, parts, strict=True):
                     shard.append(part)
-            del parts, group
+            parts.clear()  # the last references to what `slices` is emptied of
             rows, dropped = 0, {"outside_time_range": self._plan.pruned_rows}
             for _, counted in results(told, "read"):
                 rows += counted.rows
@@ -203,7 +211,7 @@ class _Job:
                 stage.advance(one.rows)
                 duplicates += one.duplicates
                 counted.append(pl.DataFrame(ray.get(shards[number].items)))
-                if len(counted) == MERGE_TABLES:  # here, where the workers are busy and the driver is not
+                if sum(table.height for table in counted[1:]) >= MERGE_ROWS:  # here, where the driver has time
                     counted = [vocabulary.merge(counted)]
             catalogue = vocabulary.merge(counted).sort("item_id")
         self._tell("order", rows_in, stage.rows_out, {self._config.duplicates: duplicates})

@@ -4,13 +4,16 @@ The outcome is three numbers a user: the first `train` interactions train; `vali
 targets in the sequence, -1 where the user has none. Everything before a target is its history.
 """
 
+import datetime
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline.errors import GenattError
 from data_pipeline.hashing import hash64
 
 HELD_OUT = 2  # the last interaction (test) and the one before it (valid)
@@ -52,14 +55,21 @@ class TimePoint(_Rule):
 
     @model_validator(mode="after")
     def _in_order(self) -> "TimePoint":
-        # Two ISO dates compare as text.
-        if type(self.valid_from) is type(self.test_from) and self.valid_from >= self.test_from:  # type: ignore[operator]
+        valid_from, test_from = _comparable(self.valid_from), _comparable(self.test_from)
+        known = valid_from is not None and type(valid_from) is type(test_from)
+        if known and valid_from >= test_from:  # type: ignore[operator]
             raise ValueError(f"valid_from={self.valid_from} must lie before test_from={self.test_from}")
         return self
 
     def resolved(self, moment: Callable[[int | str], int]) -> "TimePoint":
-        """With both times in the unit of the time column, as `moment` says."""
-        return TimePoint(valid_from=moment(self.valid_from), test_from=moment(self.test_from))
+        """With both times in the unit of the time column, as `moment` says; `GenattError` if they are out of order."""
+        valid_from, test_from = moment(self.valid_from), moment(self.test_from)
+        if valid_from >= test_from:
+            raise GenattError(
+                f"split time:{self.valid_from},{self.test_from}: in the unit of the times these are {valid_from} and "
+                f"{test_from}: the second must be later"
+            )
+        return TimePoint(valid_from=valid_from, test_from=test_from)
 
     def places(self, sequences: pl.DataFrame) -> pl.DataFrame:
         """train, valid, test of each user, from its times (in order)."""
@@ -127,11 +137,19 @@ def parse_split(text: str) -> dict[str, object]:
         return {"rule": name, "valid_from": _moment(parts[0]), "test_from": _moment(parts[1])}
     if name == "users" and len(parts) == 2:
         return {"rule": name, "valid_share": parts[0], "test_share": parts[1]}
-    raise ValueError(
-        f"split {text!r}: give leave_one_out, time:VALID_FROM,TEST_FROM or users:VALID_SHARE,TEST_SHARE"
-    )
+    raise ValueError(f"split {text!r}: give leave_one_out, time:VALID_FROM,TEST_FROM or users:VALID_SHARE,TEST_SHARE")
 
 
 def _moment(text: str) -> int | str:
     """A number as a number, an ISO date as it is."""
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _comparable(time: int | str) -> int | datetime.datetime | None:
+    """A date as `readers.times` takes it, None if it is none."""
+    if isinstance(time, int):
+        return time
+    with suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(time.strip())
+        return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return None

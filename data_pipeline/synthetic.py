@@ -32,8 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.errors import GenattError
-from data_pipeline.hashing import GOLDEN
-from data_pipeline.hashing import mix
+from data_pipeline.hashing import GOLDEN, mix
 from data_pipeline.storage import explaining, filesystem
 
 NUM_GENRES = 20

@@ -1,6 +1,6 @@
 """What runs in Ray's workers, in the order of the stages. Each function is one stage for one block or one shard.
 
-read_block    Ray Data: the number of a chunk → its rows, cleaned, each with the number of its shard
+read_block    Ray Data: the number of some chunks → their rows, cleaned, each with the number of its shard
 split         blocks → one slice for every shard
 order         slices of a shard → its rows by user and time
 encode        items of a shard → their codes
@@ -33,9 +33,10 @@ from data_pipeline.storage import write_bytes
 
 
 def read_block(batch: pa.Table, plan: Plan, config: PrepareConfig, num_shards: int) -> Iterator[pa.Table]:
-    """Reads the chunk whose number is in `batch["chunk"]`."""
-    for rows in read_chunk(plan, plan.chunks[batch["chunk"][0].as_py()], config):
-        yield partition.tag(*clean(rows.drop("position"), plan, config), num_shards)
+    """Reads the chunks of the task whose number is in `batch["task"]`."""
+    for number in plan.tasks[batch["task"][0].as_py()]:
+        for rows in read_chunk(plan, plan.chunks[number], config):
+            yield partition.tag(*clean(rows.drop("position"), plan, config), num_shards)
 
 
 def split(num_shards: int, *blocks: pa.Table) -> tuple[Any, ...]:

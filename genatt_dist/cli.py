@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ study = typer.Typer(help="Train and compare several models under one protocol.",
 app.add_typer(study, name="study")
 bench = typer.Typer(help="Measure what things cost on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-_USER_ERROR, _INTERRUPTED = 2, 130
+_USER_ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
 def _examples(*lines: str) -> str:
@@ -474,11 +475,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C is 130; a traceback is a bug."""
+    """Entry point: a user's mistake is one line and exit code 2, Ctrl-C 130 and SIGTERM 143; a traceback is a bug."""
+    signal.signal(signal.SIGTERM, _terminate)  # as an exception it tidies up as Ctrl-C does
     try:
         code = app(standalone_mode=False)
     except GenattError as error:
         code = _tell(str(error))
+    except SystemExit as end:  # of `_terminate`
+        code = end.code
     except Exception as error:
         # A wrong option. Its class has no public name that all versions of typer share, but the method is theirs alone.
         if not hasattr(error, "format_message"):
@@ -487,9 +491,13 @@ def main() -> None:
             sys.exit(_USER_ERROR)  # no arguments at all: the help was printed
         context = getattr(error, "ctx", None)
         code = _tell(f"{message.rstrip('.')}: see {context.command_path if context else 'genatt'} --help")
-    if code == _INTERRUPTED:
+    if code in (_INTERRUPTED, _TERMINATED):
         _stderr().print("stopped", style="red")
     sys.exit(code)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(_TERMINATED)
 
 
 def _check_split(split: str) -> None:

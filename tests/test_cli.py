@@ -423,7 +423,7 @@ class TestTrainRefusesBeforeAnyProcessStarts:
         path = tmp_path / "short"
         write_prepared(path, [[1, 2]] * 20)
         message = train(f"data.path={path}")
-        assert "0 users have the 3 interactions that validation needs" in message
+        assert "0 users have an item to validate on (split leave_one_out), fewer than world_size=1" in message
 
     def test_a_run_directory_that_exists(self, train: Callable[..., str], tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()

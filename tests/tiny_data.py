@@ -29,8 +29,9 @@ from data_pipeline.format import (
 from data_pipeline.splits import LeaveOneOut, SplitRule
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import TrainingBatches, Windows, windows_of
+from genatt_dist.data.batches import TrainingBatches
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.data.windows import Windows, windows_of
 
 NUM_ITEMS = 40
 LEAVE_ONE_OUT = LeaveOneOut()

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ingest.draw import LABELS, draw
-from benchmarks.ingest.run import MODULES, MismatchError, Setting, measure, summary, use_cores
+from benchmarks.ingest.run import MismatchError, Setting, measure, summary, use_cores
 
 VERSIONS = ("ray", "polars", "pyarrow", "s3fs", "moto")
 
@@ -64,9 +64,8 @@ def main() -> int:
     try:
         for row in measure(setting):
             rows.append(row)
-            for name in MODULES:
-                if name in row:
-                    _show(console, name, row)
+            for name in row["order"].split():
+                _show(console, name, row)
     except MismatchError as error:
         console.print(f"the results differ: {error}", style="red", highlight=False)
         return 1

@@ -34,7 +34,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     memory.legend(fontsize=8)
     memory.grid(alpha=0.25)
 
-    shades: dict[str, str] = {"Ray's start": "#d0d0d0", "rest": "#808080"}
+    shades: dict[str, str] = {"Ray's start": "#d0d0d0", "rest": "#303030"}
     for place, (_, turn) in enumerate(bars):
         left = 0.0
         steps = {"Ray's start": turn.get("ray_start_seconds", 0.0), **turn["steps"]}

@@ -14,14 +14,13 @@ _BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-from unittest.mock import patch  # noqa: E402
 
 import psutil  # noqa: E402
 
-from data_pipeline import prepare as preparing  # noqa: E402
 from data_pipeline.config import PrepareConfig  # noqa: E402
 from data_pipeline.local_ray import local_ray  # noqa: E402
 from data_pipeline.memory import ROLES, SpillCounter  # noqa: E402
+from data_pipeline.prepare import prepare  # noqa: E402
 from data_pipeline.progress import Stages  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _BEGAN
@@ -55,19 +54,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = PrepareConfig(**vars(arguments))
 
-    seen: list[Stages] = []
-
-    class Seen(Stages):
-        def __init__(self, enabled: bool) -> None:
-            super().__init__(enabled)
-            seen.append(self)
-
-    with (
-        local_ray(config.num_cpus, config.object_store_bytes) as ray_seconds,
-        patch.object(preparing, "Stages", Seen),
-    ):
+    stages = Stages(enabled=False)
+    with local_ray(config.num_cpus, config.object_store_bytes) as ray_seconds:
         spilled, before, began = SpillCounter(), cpu_seconds(), time.perf_counter()
-        manifest = preparing.prepare(config, progress=False)
+        manifest = prepare(config, stages=stages)
         seconds = time.perf_counter() - began
         after, spilled_bytes = cpu_seconds(), spilled.bytes()
     used = {role: round(after[role] - before.get(role, 0.0), 2) for role in after}
@@ -77,7 +67,7 @@ def main() -> None:
                 "import_seconds": round(IMPORT_SECONDS, 3),
                 "ray_start_seconds": round(ray_seconds, 3),
                 "seconds": round(seconds, 3),
-                "steps": {stage.name: round(stage.seconds, 3) for stage in seen[0].done},
+                "steps": {stage.name: round(stage.seconds, 3) for stage in stages.done},
                 "rows_in": manifest.ledger[0].rows_in,
                 "rows_out": manifest.ledger[-1].rows_out,
                 "cpu_seconds": {role: value for role, value in used.items() if value > 0},

@@ -28,7 +28,8 @@ from genatt_dist.attention.noise import Purpose, derive
 from genatt_dist.config import DataConfig, TrainingConfig
 from genatt_dist.data.ahead import ahead
 from genatt_dist.data.row_groups import Ints, Items
-from genatt_dist.data.sequences import Sequences, gather
+from genatt_dist.data.sequences import Sequences, from_zero, gather
+from genatt_dist.data.windows import Windows, ranges, window_counts, windows_of
 from genatt_dist.model.jagged import Jagged
 
 # Batches sorted by length together. More would pad less but make each batch's lengths more alike.
@@ -36,10 +37,10 @@ POOL_BATCHES = 16
 # A buffer has strata of neighbouring row groups; a batch takes about so many windows of each. Fewer would hold ranks to
 # their row groups more tightly, but the tokens of a stratum's share would be less equal.
 STRATUM_WINDOWS = 64
-# Batches put together before they are asked for.
+# Batches put together before they are asked for; shuffle buffers, and steps of an evaluation, planned before that.
 BATCHES_AHEAD = 4
-# A window's id is its user's index and its number in the user's history; keyed noise hangs on it.
-WINDOW_BITS = 20
+BUFFERS_AHEAD = 2
+STEPS_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Stretches of users' histories, int64 [B] each: the place of the first item among all items, the number of
-    positions (a window has one item more), and the id.
-    """
-
-    start_B: Ints
-    length_B: Ints
-    id_B: Ints
-
-    def __len__(self) -> int:
-        return len(self.start_B)
-
-    def of(self, index: Ints) -> Windows:
-        """Those with these indices, in this order."""
-        return Windows(self.start_B[index], self.length_B[index], self.id_B[index])
-
-
-@dataclass(frozen=True)
 class Planned:
     """A shuffle buffer: its windows, row group after row group, and their indices in each of its global batches, by
     rising length. number: of its first batch in the epoch. near: how batches are dealt, see `deal`.
@@ -112,8 +95,8 @@ class Planned:
         0 1 … r r … 1 0, for parts of nearly equal tokens. Otherwise a rank should read few row groups: the batch is
         cut at equal tokens in the order of the row groups, so that a rank's windows lie in the same few through all
         batches of the buffer. A part's tokens then differ from its share by one window's at most, and all ranks
-        together read at most twice what one alone would with 256 sequences a rank on up to 1,024 ranks, three times
-        with 64 (`tests/data/test_locality.py`); dealt the other way they would read 640 times as much.
+        together read at most twice what one alone would with 256 sequences a rank on up to 1,024 ranks, about three
+        times with 64 (`tests/data/test_locality.py`); dealt the other way they would read 640 times as much.
         """
         members = self.batches[index]
         if len(members) < world_size:
@@ -147,7 +130,7 @@ class TrainingBatches:
         `windows=last` takes the newest one of a user; `all` goes back from the end, so that each item is a target
         exactly once.
         """
-        windows = _from_zero(_number(sequences.train, data))
+        windows = from_zero(window_counts(sequences.train, data))
         window_G, accumulated = windows[sequences.first_user_G], training.accumulation_steps
         total = int(window_G[-1])
         if not total:
@@ -239,7 +222,7 @@ class TrainingBatches:
     def _windows(self, groups: Ints) -> Windows:
         """All windows of the users of these row groups."""
         low, high = self.sequences.first_user_G[groups], self.sequences.first_user_G[groups + 1]
-        return windows_of(_ranges(low, high - low), self.sequences.offsets, self.sequences.train, self.data)
+        return windows_of(ranges(low, high - low), self.sequences.offsets, self.sequences.train, self.data)
 
     def _parts(self, epoch: int, first: int, rank: int, world_size: int) -> Generator[Part, None, None]:
         def wanted() -> Iterator[tuple[list[tuple[Windows, int, int]], Ints, Ints]]:
@@ -253,7 +236,7 @@ class TrainingBatches:
                 yield parts, start, np.concatenate([mine.length_B for mine, _, _ in parts]) + 1
 
         last = self.data.targets == "last"
-        buffers = self.sequences.slices(wanted())
+        buffers = self.sequences.slices(wanted(), BUFFERS_AHEAD)
         try:
             for parts, items, first_W in buffers:
                 done = 0
@@ -287,22 +270,6 @@ class Part:
             num_targets=self.sequences if self.last_target_only else self.tokens,
             num_sequences=self.sequences,
         )
-
-
-def windows_of(users: Ints, offsets: Ints, train: Items, data: DataConfig) -> Windows:
-    """The training windows of some users, user after user, the newest of a user first. offsets, train: of all users."""
-    number = _number(train[users], data)
-    user, index = np.repeat(users, number), _ranges(np.zeros(len(users), np.int64), number)
-    # Positions end before the user's last training item, which is only a target.
-    end = offsets[user] + train[user] - 1 - index * data.max_len
-    start = np.maximum(end - data.max_len, offsets[user])
-    return Windows(start, end - start, (user << WINDOW_BITS) + index)
-
-
-def _number(train: Items, data: DataConfig) -> Ints:
-    """How many windows each user has, by the number of its training items."""
-    targets = np.maximum(train.astype(np.int64) - 1, 0)
-    return np.minimum(targets, 1) if data.windows == "last" else -(-targets // data.max_len)
 
 
 def _batches(length: Ints, number: int, strata: int, random: np.random.Generator) -> list[Ints]:
@@ -407,23 +374,13 @@ def evaluation_batches(
             mine = np.array_split(step, world_size)[rank]
             yield mine, sequences.offsets[mine], end[mine] + 1 - sequences.offsets[mine]
 
-    read = ahead(sequences.slices(wanted()), BATCHES_AHEAD, "evaluation batch")
+    read = ahead(sequences.slices(wanted(), STEPS_AHEAD), BATCHES_AHEAD, "evaluation batch")
     try:
         for mine, items, first in read:
             target = first + end[mine] - sequences.offsets[mine]
             yield Histories.of(items, first, target, mine, max_len, device, targets=items[target].astype(np.int64))
     finally:
         read.close()
-
-
-def _from_zero(counts: Ints) -> Ints:
-    """0 and the running sums: one longer than `counts`."""
-    return np.concatenate(([0], np.cumsum(counts)))
-
-
-def _ranges(start: Ints, count: Ints) -> Ints:
-    """start[i], start[i] + 1 … start[i] + count[i] - 1, for all i."""
-    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - start, count)
 
 
 def _ids(items: npt.NDArray[np.int32], device: torch.device) -> Tensor:

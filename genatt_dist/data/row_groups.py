@@ -167,9 +167,10 @@ class RowGroups:
                 self._held -= self._kept.popitem(last=False)[1].nbytes
         return items
 
-    def along(self, order: Iterable[tuple[T, int]]) -> Generator[tuple[T, Items], None, None]:
+    def along(self, order: Iterable[tuple[T, int] | None]) -> Generator[tuple[T, Items], None, None]:
         """The items of row groups in `order` (anything, row group), which is asked for as far ahead as `capacity`
-        bytes reach. Errors of reading are raised here.
+        bytes reach; None in it: nothing more until those asked for so far have come closer. Errors of reading are
+        raised here.
         """
         pool: ThreadPoolExecutor | None = None
         coming: deque[tuple[T, int, Future[Items] | Items]] = deque()
@@ -177,7 +178,7 @@ class RowGroups:
         try:
             while True:
                 while coming_bytes < self.capacity or not coming:
-                    if (wanted := next(rest, None)) is None:
+                    if (wanted := next(rest, None)) is None:  # the end, or a pause
                         break
                     name, group = wanted
                     found: Future[Items] | Items | None = self._cached(group)

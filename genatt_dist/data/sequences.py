@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
-from data_pipeline.storage import redact
+from data_pipeline.storage import check_access, redact
 from genatt_dist.config import PREFETCH_BYTES
 from genatt_dist.data.row_groups import READERS, Ints, Items, RowGroups, Shards
 
@@ -53,6 +53,7 @@ class Sequences:
         that would read them all: damage in them is found by page checksums when it is read.
         Raises GenattError naming the file: missing, damaged, an index that contradicts the manifest.
         """
+        check_access(path)
         manifest = shards.load_manifest(path)
         if verify and sum(file.bytes for file in manifest.files) <= prefetch_bytes:
             shards.verify(path, manifest)
@@ -62,12 +63,12 @@ class Sequences:
             np.concatenate([np.zeros(0, np.int32), *(table[name].to_numpy() for table in tables)])
             for name in shards.INDEX_SCHEMA.names
         )
-        offsets = _from_zero(length)
+        offsets = from_zero(length)
         users, size = [file.users for file in manifest.files], manifest.row_group_size
         number = [-(-count // size) for count in users]
         shard_G = np.repeat(np.arange(len(users)), number)
-        number_G = np.arange(len(shard_G)) - np.repeat(_from_zero(number)[:-1], number)
-        first_user_G = np.append(_from_zero(users)[shard_G] + number_G * size, len(length))
+        number_G = np.arange(len(shard_G)) - np.repeat(from_zero(number)[:-1], number)
+        first_user_G = np.append(from_zero(users)[shard_G] + number_G * size, len(length))
         groups = RowGroups.of(path, manifest, shard_G, number_G, offsets[first_user_G], prefetch_bytes)
         words = shards.read_vocabulary(path, manifest, columns=["dense_id", "train_count"])
         popularity = np.zeros(manifest.num_items + 1, np.int64)
@@ -85,7 +86,7 @@ class Sequences:
         row_group_size: int | None = None,
     ) -> Sequences:
         """Sequences that are in memory: `items` of users of these lengths; places: train, valid and test [3, U]."""
-        offsets = _from_zero(length)
+        offsets = from_zero(length)
         train, valid, test = np.asarray(places, np.int32)
         first_user_G = np.append(np.arange(0, len(train), row_group_size or len(train)), len(train))
         first_item_G = offsets[first_user_G]
@@ -144,17 +145,29 @@ class Sequences:
         """
         if not len(starts):
             return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        ((_, items, first),) = self.slices([(None, starts, lengths)])
+        ((_, items, first),) = self.slices([(None, starts, lengths)], ahead=1)
         return items, first
 
-    def slices(self, wanted: Iterable[tuple[T, Ints, Ints]]) -> Generator[tuple[T, Items, Ints], None, None]:
-        """`take` of many, each (name, starts, lengths) with at least one slice, while the row groups of the next ones
-        are read in the background: (name, items, first) in the order asked.
-        """
+    def slices(
+        self, wanted: Iterable[tuple[T, Ints, Ints]], ahead: int
+    ) -> Generator[tuple[T, Items, Ints], None, None]:
+        """`take` of many, each (name, starts, lengths) with at least one slice: (name, items, first), in that order.
 
-        def order() -> Generator[tuple[tuple[_Taken[T], int], int], None, None]:
-            for name, starts, lengths in wanted:
-                taken = _Taken(name, starts, lengths, self.groups.first_item_G)
+        The row groups of the next ones are read in the background. `wanted` is asked for at most `ahead` of those that
+        have been given, so that making it costs no long wait at the beginning.
+        """
+        asked = given = 0
+
+        def order() -> Generator[tuple[tuple[_Taken[T], int], int] | None, None, None]:
+            nonlocal asked
+            rest = iter(wanted)
+            while True:
+                while asked - given >= ahead:
+                    yield None
+                if (one := next(rest, None)) is None:
+                    return
+                asked += 1
+                taken = _Taken(*one, self.groups.first_item_G)
                 for turn, group in enumerate(taken.groups.tolist()):
                     yield (taken, turn), group
 
@@ -163,6 +176,7 @@ class Sequences:
             for (taken, turn), items in stream:
                 taken.add(turn, items)
                 if turn == len(taken.groups) - 1:
+                    given += 1
                     yield taken.name, taken.items, taken.first
         finally:
             stream.close()
@@ -178,7 +192,7 @@ class _Taken(Generic[T]):
         self.groups, begin = np.unique(group[self._order], return_index=True)
         self._begin = np.append(begin, len(group))
         self._starts, self._lengths = (starts - first_item_G[group])[self._order], lengths[self._order]
-        self._end = _from_zero(self._lengths)
+        self._end = from_zero(self._lengths)
         self.items = np.zeros(0, np.int32)
 
     @property
@@ -204,7 +218,7 @@ def gather(items: Items, starts: Ints, lengths: Ints) -> Items:
     return items[np.repeat(starts, lengths) + within]
 
 
-def _from_zero(counts: npt.ArrayLike) -> Ints:
+def from_zero(counts: npt.ArrayLike) -> Ints:
     """0 and the running sums: int64, one longer than `counts`."""
     return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pyarrow.compute as pc
 
+from data_pipeline.splits import RandomUsers, SplitRule, TimePoint
 from genatt_dist.config import RunConfig
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.evaluation.diagnose import diagnose
@@ -67,7 +68,7 @@ def protocol(config: RunConfig, sequences: Sequences) -> dict[str, Any]:
     """How the numbers were made, in words a report prints."""
     names = sequences.manifest.config
     return {
-        "split": "leave-one-out: last = test, second last = valid",
+        "split": _split(sequences.manifest.split),
         "ranking": "full catalogue",
         "exclude_seen": config.evaluation.exclude_seen,
         "max_len": config.data.max_len,
@@ -78,6 +79,14 @@ def protocol(config: RunConfig, sequences: Sequences) -> dict[str, Any]:
         if config.loss.kind != "sampled"
         else f"sampled ({config.loss.num_negatives} {config.loss.proposal})",
     }
+
+
+def _split(rule: SplitRule) -> str:
+    if isinstance(rule, TimePoint):
+        return f"time: first from {rule.valid_from} on = valid, first from {rule.test_from} on = test"
+    if isinstance(rule, RandomUsers):
+        return f"users: last of {rule.valid_share:.0%} = valid, of {rule.test_share:.0%} = test; the others train"
+    return "leave-one-out: last = test, second last = valid"
 
 
 def write_ranks(path: Path, sequences: Sequences, split: str, result: Result) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import histories, numbered, sequences_of
+from tiny_data import histories, numbered, sequences_of, write_prepared
 
 from data_pipeline.errors import GenattError
+from data_pipeline.splits import TimePoint
 from genatt_dist.data.batches import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences, gather
 
@@ -71,6 +72,23 @@ def test_short_users_train_with_all_they_have() -> None:
         assert sequences.has_target(split).tolist() == [False, False, True, True, True]
     assert (sequences.history_end("train") - sequences.offsets[:-1]).tolist() == [1, 2, 1, 5, 2]
     assert (sequences.offsets[1:] - sequences.history_end("test")).tolist() == [0, 0, 1, 1, 1]
+
+
+def test_targets_of_another_split_are_where_the_index_says(tmp_path: Path) -> None:
+    """By time: interaction number i of a user is at time i; 2 and 3 are for validation, later ones for testing."""
+    lists = [[1], [1, 2], [4, 3, 9], [7, 7, 8, 1, 2, 6, 5], [2, 9, 1, 2]]
+    write_prepared(tmp_path, lists, split=TimePoint(valid_from=2, test_from=4), num_shards=1)
+    sequences = Sequences.read(str(tmp_path))
+    assert sequences.train.tolist() == [1, 2, 2, 2, 2]
+    assert sequences.has_target("valid").tolist() == [False, False, True, True, True]
+    assert sequences.has_target("test").tolist() == [False, False, False, True, False]
+    items = sequences.take(sequences.offsets[:-1], sequences.lengths)[0]
+    for split, places in (("valid", {2: 2, 3: 2, 4: 2}), ("test", {3: 4})):
+        found = by_user(sequences, split)
+        assert found.keys() == places.keys()
+        for user, place in places.items():
+            mine = items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+            assert found[user] == (mine[max(0, place - 4) : place], mine[:place], mine[place])
 
 
 def test_reading_gives_back_what_was_prepared(prepared: Path, prepared_text: Path) -> None:

@@ -16,9 +16,11 @@ import pytest
 from tiny_data import all_windows, histories, numbered, write_prepared
 
 from data_pipeline.errors import GenattError
+from data_pipeline.local_ray import local_ray
 from genatt_dist.config import DataConfig, TrainingConfig
 from genatt_dist.data.batches import Part, TrainingBatches
-from genatt_dist.data.ray_feed import SCHEMA, RayBatches
+from genatt_dist.data.ray_dataset import SCHEMA, every_row, ray_dataset
+from genatt_dist.data.ray_feed import RayBatches, all_gathered
 from genatt_dist.data.sequences import Sequences
 
 DATA = DataConfig(path="-", max_len=6, windows="all", shuffle_windows=100)
@@ -110,16 +112,19 @@ def test_more_ranks_than_sequences_of_a_batch_is_an_error(plan: TrainingBatches)
         list(RayBatches(plan, lambda value: [value]).parts(iter([]), 0, 0, 13))
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=3):
+        yield
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_ray_train_trains_each_row_once_an_epoch(world_size: int, tmp_path: Path) -> None:
+def test_ray_train_trains_each_row_once_an_epoch(world_size: int, cluster: None, tmp_path: Path) -> None:
     import ray.train
     import torch
     from ray.train.torch import TorchTrainer
-
-    from data_pipeline.local_ray import local_ray
-    from genatt_dist.data.ray_feed import all_gathered, every_row, ray_dataset
 
     def loop(settings: dict[str, Any]) -> None:
         """What each worker of Ray Train does: two epochs, of which it keeps what it was given."""
@@ -142,18 +147,19 @@ def test_ray_train_trains_each_row_once_an_epoch(world_size: int, tmp_path: Path
     path = tmp_path / "data"
     lists = histories(users=250)
     # Shards of unequal size: users with odd numbers have long histories.
-    write_prepared(path, [items * (5 if user % 2 else 1) for user, items in enumerate(lists)], num_shards=2)
+    write_prepared(
+        path, [items * (5 if user % 2 else 1) for user, items in enumerate(lists)], num_shards=2, row_group_size=32
+    )
     data = DataConfig(path=str(path), max_len=8, windows="all")
-    with local_ray(num_cpus=4):
-        trainer = TorchTrainer(
-            loop,
-            train_loop_config={"data": data.model_dump(), "out": str(tmp_path)},
-            scaling_config=ray.train.ScalingConfig(num_workers=world_size, resources_per_worker={"CPU": 1}),
-            datasets={"train": ray_dataset(str(path), data)},
-            dataset_config=every_row(),
-            run_config=ray.train.RunConfig(name="feed", storage_path=str(tmp_path / "ray")),
-        )
-        trainer.fit()
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"data": data.model_dump(), "out": str(tmp_path)},
+        scaling_config=ray.train.ScalingConfig(num_workers=world_size, resources_per_worker={"CPU": 1}),
+        datasets={"train": ray_dataset(str(path), data)},
+        dataset_config=every_row(),
+        run_config=ray.train.RunConfig(name="feed", storage_path=str(tmp_path / "ray")),
+    )
+    trainer.fit()
     plan = TrainingBatches.plan(Sequences.read(str(path)), data, TrainingConfig(batch_sequences=16))
     expected = sorted(all_windows(plan).id_B.tolist())
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]

@@ -147,6 +147,15 @@ def test_a_data_set_that_fits_is_read_once(many: Path) -> None:
     assert sorted(times) == list(range(len(sequences.first_user_G) - 1))
 
 
+def test_shards_larger_than_memory_are_not_read_to_verify_them(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[str] = []
+    monkeypatch.setattr("data_pipeline.format.verify", lambda path, manifest: verified.append(path))
+    Sequences.read(str(many), verify=True, prefetch_bytes=1000)
+    assert verified == []
+    Sequences.read(str(many), verify=True)
+    assert verified == [str(many)]
+
+
 class TestFaults:
     @pytest.fixture
     def copy(self, many: Path, tmp_path: Path) -> Path:

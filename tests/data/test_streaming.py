@@ -116,11 +116,30 @@ def test_nothing_before_the_cursor_is_read(large: TrainingBatches, monkeypatch: 
     along = type(large.sequences.groups).along
 
     def watching(store, order):
-        return along(store, ((name, group) for name, group in order if read.append(group) is None))
+        return along(store, (one for one in order if one is None or read.append(one[1]) is None))
 
     monkeypatch.setattr(type(large.sequences.groups), "along", watching)
     list(large.iterate(0, last.number + 1, 0, 1, CPU))
+    assert read
     assert set(read) <= set(groups.tolist())
+
+
+def test_buffers_are_planned_when_they_come_near(large: TrainingBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning all that fits into memory first would be a long wait for the first batch on many ranks."""
+    planned: list[int] = []
+    buffers = TrainingBatches.buffers
+
+    def watching(self, epoch, first=0):
+        for one in buffers(self, epoch, first):
+            planned.append(one.number)
+            yield one
+
+    monkeypatch.setattr(TrainingBatches, "buffers", watching)
+    stream = large.iterate(0, 0, 0, 1, CPU)
+    next(stream)
+    assert len(planned) == 2
+    list(stream)
+    assert len(planned) == 5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from in_process import prepare, without_ray
 
 from data_pipeline import prepare as prepare_module
-from data_pipeline.append import Parent
+from data_pipeline.append import Parent, drift_text
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
 from data_pipeline.format import Manifest, load_manifest, manifest_hash, read_index, read_shard, read_vocabulary, verify
@@ -75,6 +76,15 @@ def whole(parts: Sequence[Sequence[Row]], where: Path, types: dict[str, Any], **
     return prepare(PrepareConfig.model_validate({**options, "source": where / "all", "out": where / "whole"}))
 
 
+def few(check: Callable[..., None]) -> Callable[..., None]:
+    return settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])(check)
+
+
+def many(check: Callable[..., None]) -> Callable[..., None]:
+    more = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])(check)
+    return pytest.mark.slow(more)
+
+
 ids = st.integers(-2, 6)
 names = st.sampled_from(["", "a", "b", "ab", "é", "7", "007", "日本"])
 INT_TYPES = {"user_id": pl.Int64, "item_id": pl.Int64, "timestamp": pl.Int64}
@@ -88,20 +98,7 @@ def logs(of: st.SearchStrategy) -> st.SearchStrategy:
 splits = st.sampled_from(["leave_one_out", "time:4,7", "users:0.3,0.4"])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    log=st.one_of(st.tuples(logs(ids), st.just(INT_TYPES)), st.tuples(logs(names), st.just(TEXT_TYPES))),
-    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True),
-    late=st.booleans(),
-    duplicates=st.sampled_from(["none", "exact", "consecutive"]),
-    split=splits,
-    vocabulary=st.sampled_from([{}, {"out_of_vocabulary": "bucket"}, {"hash_buckets": 3}, {"hash_buckets": 50}]),
-    weighted=st.booleans(),
-    max_history=st.sampled_from([None, 1, 2, 5]),
-    timed=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_equals_preparing_everything_at_once(
+def check_equal_to_the_whole(
     log: Any, cuts: list[int], late: bool, duplicates: str, split: str, vocabulary: dict[str, Any], weighted: bool,
     max_history: int | None, timed: bool, seed: int,
 ):  # fmt: skip
@@ -148,6 +145,22 @@ def test_equals_preparing_everything_at_once(
         event(f"{len(parts)} versions")
 
 
+WHOLE = given(
+    log=st.one_of(st.tuples(logs(ids), st.just(INT_TYPES)), st.tuples(logs(names), st.just(TEXT_TYPES))),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True),
+    late=st.booleans(),
+    duplicates=st.sampled_from(["none", "exact", "consecutive"]),
+    split=splits,
+    vocabulary=st.sampled_from([{}, {"out_of_vocabulary": "bucket"}, {"hash_buckets": 3}, {"hash_buckets": 50}]),
+    weighted=st.booleans(),
+    max_history=st.sampled_from([None, 1, 2, 5]),
+    timed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+test_equals_preparing_everything_at_once = few(WHOLE(check_equal_to_the_whole))
+test_equals_preparing_everything_at_once_often = many(WHOLE(check_equal_to_the_whole))
+
+
 def core(rows: list[Row], min_user: int, min_item: int) -> list[Row]:
     while True:
         users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
@@ -166,11 +179,7 @@ def flat(users: list[list[tuple]]) -> Counter:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(old=logs(ids), new=logs(ids), min_user=st.integers(1, 4), min_item=st.integers(1, 4))
-def test_admission_is_the_k_core_of_the_parent_and_the_new_rows(
-    old: list[Row], new: list[Row], min_user: int, min_item: int
-):
+def check_admission(old: list[Row], new: list[Row], min_user: int, min_item: int):
     first = core(old, min_user, min_item)
     if not first:
         return
@@ -203,6 +212,11 @@ def test_admission_is_the_k_core_of_the_parent_and_the_new_rows(
         assert not Counter(expected) - Counter(everything)
         most = made.num_interactions + made.drift["rejected_rows"] + made.drift["rejected_rows_before"]
         assert made.num_interactions <= len(everything) <= most
+
+
+CORES = given(old=logs(ids), new=logs(ids), min_user=st.integers(1, 4), min_item=st.integers(1, 4))
+test_admission_is_the_k_core_of_the_parent_and_the_new_rows = few(CORES(check_admission))
+test_admission_is_the_k_core_of_the_parent_and_the_new_rows_often = many(CORES(check_admission))
 
 
 def test_rare_items_of_each_version(options: Options, log: Log, tmp_path: Path):
@@ -247,6 +261,25 @@ def test_rows_that_are_there_already_change_nothing(options: Options, log: Log, 
     assert twice.num_interactions == 8  # without duplicates=exact nobody notices
 
 
+def test_of_one_time_the_old_rows_come_first(options: Options, log: Log, tmp_path: Path):
+    first = log("a.parquet", user_id=[1, 1, 2], item_id=[9, 8, 8], timestamp=[5, 5, 4])
+    second = log("b.parquet", user_id=[2, 1, 1, 1], item_id=[5, 7, 6, 1], timestamp=[4, 5, 5, 4])
+    prepare(options(first, out=tmp_path / "v1"))
+    made = prepare(PrepareConfig(source=second, out=str(tmp_path / "v2"), append_to=str(tmp_path / "v1")))
+    found = {user: items for shard in users_of(tmp_path / "v2", made) for user, items, *_ in shard}
+    assert found == {1: [1, 9, 8, 7, 6], 2: [8, 5]}
+
+
+def test_without_times_new_rows_follow(options: Options, log: Log, tmp_path: Path):
+    """The first of user 1 repeats the last old one; places go on without a gap."""
+    first = log("a.csv", user_id=[1, 2, 1], item_id=[9, 9, 8])
+    second = log("b.csv", user_id=[1, 1, 2, 1, 1], item_id=[8, 8, 7, 7, 8])
+    prepare(options(first, out=tmp_path / "v1", time_column=None, duplicates="consecutive"))
+    made = prepare(PrepareConfig(source=second, out=str(tmp_path / "v2"), append_to=str(tmp_path / "v1")))
+    found = {user: (items, times) for shard in users_of(tmp_path / "v2", made) for user, items, times, *_ in shard}
+    assert found == {1: ([9, 8, 7, 8], [0, 1, 2, 3]), 2: ([9, 7], [0, 1])}
+
+
 def test_late_rows_and_consecutive_duplicates(options: Options, log: Log, tmp_path: Path):
     first = log("a.parquet", user_id=[1, 1, 2], item_id=[7, 7, 8], timestamp=[1, 5, 5])
     late = log("b.parquet", user_id=[1, 2], item_id=[8, 8], timestamp=[3, 3])
@@ -283,7 +316,7 @@ def test_untouched_shards_are_copied_by_their_bytes_and_not_read(options: Option
     first = prepare(options(many_users(log, "a.parquet", range(200)), out=tmp_path / "v1", num_shards=8))
     files = {file.shard: file for file in first.files}
     shard = next(number for number, file in files.items() if 0 in users_in(tmp_path / "v1", file))
-    other = next(file for number, file in files.items() if number != shard)
+    other = next(file for file in first.files[1:] if file.shard != shard)  # of the first, the footer tells the types
     path = tmp_path / "v1" / other.path
     path.write_bytes(b"x" * path.stat().st_size)  # not to be read, or this would be noticed
     before = digests(tmp_path / "v1")
@@ -307,20 +340,27 @@ def users_in(out: Path, file: Any) -> list[Any]:
 def test_nothing_admitted(options: Options, log: Log, tmp_path: Path):
     twice = {"min_user_interactions": 2, "min_item_interactions": 2}
     first = prepare(
-        options(log("a.parquet", user_id=[1, 1], item_id=[7, 7], timestamp=[1, 2]), out=tmp_path / "v1", **twice)
+        options(
+            log("a.parquet", user_id=[1, 1, 5], item_id=[7, 7, 7], timestamp=[1, 2, 3]), out=tmp_path / "v1", **twice
+        )
     )
     new = log("b.parquet", user_id=[3, 4], item_id=[9, 7], timestamp=[1, 2])
     made = prepare(PrepareConfig(source=new, out=str(tmp_path / "v2"), append_to=str(tmp_path / "v1")))
     assert (made.files, made.vocabulary) == (first.files, first.vocabulary)
     assert made.drift is not None
     assert (made.drift["rejected_users"], made.drift["rejected_items"], made.drift["rejected_rows"]) == (2, 1, 2)
-    late = log("c.parquet", user_id=[1], item_id=[7], timestamp=[1])
+    late = log("c.csv", user_id=[1], item_id=[7], timestamp=[1])
     made = prepare(
         PrepareConfig(source=late, out=str(tmp_path / "v3"), append_to=str(tmp_path / "v2"), time_from=0, time_to=1)
     )
     assert (made.files, made.ledger[0].dropped) == (first.files, {"outside_time_range": 1})
     assert made.drift is not None
-    assert made.drift["rejected_rows_before"] == 2
+    assert made.drift["rejected_rows_before"] == 3  # one of the first version, two of the second
+
+
+def test_drift_in_words():
+    assert drift_text({"new_users": 0, "new_items": 1200, "rejected_rows": 3}) == "1,200 new items, 3 rejected rows"
+    assert drift_text({"new_users": 0}) == "nothing new"
 
 
 def test_leave_one_out_targets_move_on(options: Options, log: Log, tmp_path: Path):
@@ -408,7 +448,7 @@ def new(log: Log) -> str:
 )
 def test_contradicting_the_parent(parent: Path, new: str, changes: dict[str, Any], said: str):
     message = refused(source=new, append_to=str(parent), **changes)
-    assert pytest.importorskip("re").match(said, message), message
+    assert re.match(said, message), message
 
 
 def test_agreeing_with_the_parent(parent: Path, new: str, tmp_path: Path):

@@ -24,8 +24,8 @@ def prepare(config: PrepareConfig) -> Manifest:
 @contextmanager
 def without_ray() -> Iterator[None]:
     """Everything `data_pipeline.prepare` has of Ray, replaced."""
-    memory = mock.Mock()
-    memory.use.return_value = None
+    memory = mock.Mock(**{"use.return_value": None})
+    spill = mock.Mock(**{"bytes.return_value": None})
     with mock.patch.multiple(
         module,
         ray=_Ray,
@@ -35,7 +35,7 @@ def without_ray() -> Iterator[None]:
         results=lambda refs, _: enumerate(refs),
         done=lambda refs, _: enumerate(refs),
         MemorySampler=lambda: nullcontext(memory),
-        spilled_bytes=lambda: None,
+        SpillCounter=lambda: spill,
     ):
         yield
 
