@@ -41,7 +41,7 @@ def filesystem(path: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, st
             raise GenattError(
                 f"cannot open {redact(path)}: {scheme}:// is not installed: pip install 'genatt-dist[{EXTRAS[scheme]}]'"
             ) from error
-        raise GenattError(f"cannot open {redact(path)}: {one_line(error)}: check the protocol before ://") from error
+        raise GenattError(f"cannot open {redact(path)}: {one_line(error, path)}: check the protocol before ://") from error
     return fs, inner
 
 
@@ -86,4 +86,4 @@ def explained(path: str, action: str, error: BaseException) -> GenattError:
         fs, inner = filesystem(path)
         return GenattError(f"{what}: {s3.explain(error, inner.split('/')[0], fs.endpoint)}")
     mend = "choose an --out you may write to" if action == "write" else "check the path and your access"
-    return GenattError(f"{what}: {one_line(error)}: {mend}")
+    return GenattError(f"{what}: {one_line(error, path)}: {mend}")

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import fsspec.config
 
@@ -39,6 +39,7 @@ SECRET_OPTIONS = frozenset(
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 _CHAINED = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+_PIECES = re.compile(r"[/@:?#&=]+")
 _PORT = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[^:\[\]]*):\d*")  # host:port, not user:password
 _SIGNED = re.compile(  # what is left of a presigned URL when a library prints only its path and query
     r"(?i)\b((?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|access_token|credential)=)[^\s&]+"
@@ -50,10 +51,17 @@ def redact(path: str) -> str:
     return "::".join(map(_redact_url, _CHAINED.split(path)))
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception of a library says, in one line, without secrets: those in URLs and those in use here."""
+def one_line(error: BaseException, path: str = "") -> str:
+    """What an exception of a library says, in one line, without secrets: those in URLs and those in use here.
+
+    Parameters
+    ----------
+    path
+        What the library was given. It may repeat a piece of it: "SECRET is no port".
+    """
     text = str(error)
-    for secret in sorted(set(_secrets_in_use()), key=len, reverse=True):  # one may be part of another
+    secrets = {*_secrets_in_use(), *_cut_pieces(path)}
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be part of another
         for written in (secret, quote(secret, safe=""), quote(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1]):
             text = text.replace(written, HIDDEN)
     text = _SIGNED.sub(rf"\1{HIDDEN}", _URL.sub(lambda url: redact(url.group()), text))
@@ -73,6 +81,14 @@ def _redact_url(url: str) -> str:
     if ":" in authority and not _PORT.fullmatch(authority):
         return f"{scheme}://{HIDDEN}{slash}{path}" if slash else f"{scheme}://{HIDDEN}"
     return f"{scheme}://{rest}"
+
+
+def _cut_pieces(path: str) -> Iterator[str]:
+    """The pieces of `path` that are not in `redact(path)`, without those too short to be told from other words."""
+    kept = _PIECES.split(redact(path))
+    for piece in _PIECES.split(path):
+        if len(piece) > 2 and piece not in kept:
+            yield from (piece, unquote(piece))
 
 
 def _secrets_in_use() -> Iterator[str]:

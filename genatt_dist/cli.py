@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -476,13 +477,17 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, Ctrl-C 130 and SIGTERM 143; a traceback is a bug."""
-    signal.signal(signal.SIGTERM, _terminate)  # as an exception it tidies up as Ctrl-C does
+    terminated = threading.Event()
+
+    def terminate(*_: object) -> None:
+        terminated.set()
+        raise KeyboardInterrupt  # all is tidied up as after Ctrl-C; Ray knows no other exception of a handler
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(standalone_mode=False)
     except GenattError as error:
         code = _tell(str(error))
-    except SystemExit as end:  # of `_terminate`
-        code = end.code
     except Exception as error:
         # A wrong option. Its class has no public name that all versions of typer share, but the method is theirs alone.
         if not hasattr(error, "format_message"):
@@ -491,13 +496,10 @@ def main() -> None:
             sys.exit(_USER_ERROR)  # no arguments at all: the help was printed
         context = getattr(error, "ctx", None)
         code = _tell(f"{message.rstrip('.')}: see {context.command_path if context else 'genatt'} --help")
-    if code in (_INTERRUPTED, _TERMINATED):
+    if code == _INTERRUPTED:
         _stderr().print("stopped", style="red")
+        code = _TERMINATED if terminated.is_set() else code
     sys.exit(code)
-
-
-def _terminate(*_: object) -> None:
-    sys.exit(_TERMINATED)
 
 
 def _check_split(split: str) -> None:

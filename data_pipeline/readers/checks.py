@@ -9,12 +9,26 @@ import polars as pl
 from data_pipeline.errors import GenattError
 from data_pipeline.readers.times import FACTORS, seen_units
 
+SHOWN = 80  # characters of a value in a message
+
 
 def missing_column(name: str, option: str, label: str, there: Sequence[str]) -> GenattError:
     """The error for a column that `label` has not: lists those it has and suggests the nearest."""
     near = difflib.get_close_matches(name, there, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return GenattError(f"no column {name!r} in {label}: {hint}it has {', '.join(there)}: set {option}")
+
+
+def refuse_twice(columns: Sequence[str], there: Sequence[str], label: str) -> None:
+    """Raises `GenattError` if one of `columns` is more than once among those that `label` has."""
+    for name in columns:
+        if (times := there.count(name)) > 1:
+            raise GenattError(f"{label} has {times} columns {name!r}: rename all but one")
+
+
+def shortened(text: str) -> str:
+    """`text` for a message: a field may be megabytes long."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def mixed_units(name: str, one: tuple[str, str], other: tuple[str, str]) -> GenattError:
@@ -99,13 +113,14 @@ class Checker:
             rows = f"rows {self.first_row} to {self.first_row + len(column) - 1}"
             raise GenattError(
                 f"column {column.name!r} of {self.label} has {count} {what} in {rows} (counted from 0), "
-                f"first {column[row]!r} at row {self.first_row + row}: {mend}"
+                f"first {shortened(repr(column[row]))} at row {self.first_row + row}: {mend}"
             )
 
 
 def to_datetime(values: pl.Series) -> pl.Series:
-    """ISO 8601 text as datetimes in UTC, null where it is none."""
-    return values.str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
+    """ISO 8601 text as datetimes in UTC, null where it is none: what begins with a day or month could be either."""
+    iso = values.str.contains(r"^\d{4}[-/]")
+    return values.set(~iso, None).str.to_datetime(time_unit="us", time_zone="UTC", strict=False)
 
 
 def _floats(text: pl.Series) -> pl.Series:

@@ -136,7 +136,7 @@ def id_kind(name: str, type_: pa.DataType, label: str, config: PrepareConfig) ->
         return "null"
     if _is_text(type_):
         return "string"
-    if pa.types.is_integer(type_) or (pa.types.is_decimal(type_) and type_.scale == 0):
+    if pa.types.is_integer(type_) or (_is_decimal(type_) and type_.scale == 0):
         return "int64" if config.id_type == "auto" else "string"
     raise GenattError(f"column {name!r} of {label} has type {type_}: ids must be integers or strings: cast it first")
 
@@ -162,6 +162,11 @@ def _event_kind(name: str, type_: pa.DataType, label: str) -> str:
     if pa.types.is_null(type_) or _is_text(type_) or pa.types.is_integer(type_):
         return "string"
     raise GenattError(f"column {name!r} of {label} has type {type_}: events must be strings or integers: cast it first")
+
+
+def _is_decimal(type_: pa.DataType) -> bool:
+    """Whether it is a decimal that Polars has, too: of 38 digits at most."""
+    return bool(pa.types.is_decimal(type_) and not pa.types.is_decimal256(type_))
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.readers.access import Parts, Range, fetch, local_path, opened, reading
+from data_pipeline.readers.checks import refuse_twice
 from data_pipeline.sources import SourceFile
 
 FOOTER_BYTES = 1 << 16  # read from the end of a remote file: holds most footers whole
@@ -41,9 +42,16 @@ class Footer:
 
 
 def footer(file: SourceFile, needed: Sequence[str], time: str | None) -> Footer:
-    """The footer of `file`, with the byte ranges of the columns `needed` and the statistics of the column `time`."""
+    """The footer of `file`, with the byte ranges of the columns `needed` and the statistics of the column `time`.
+
+    Raises
+    ------
+    GenattError
+        Damaged file, or a needed column that is there twice.
+    """
     metadata, length = _metadata(file)
     schema = metadata.schema.to_arrow_schema()
+    refuse_twice(needed, schema.names, file.label)
     place = {metadata.schema.column(column).path: column for column in range(metadata.num_columns)}
     columns = [place[name] for name in needed if name in place]
     time_type = schema.field(time).type if time in place else None

@@ -6,6 +6,7 @@ read with the kinds found, so a later row that does not fit is refused, never be
 
 import csv
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import pyarrow.json as pajson
 
 from data_pipeline.errors import GenattError
 from data_pipeline.readers.access import fetch, is_packed, opened, reading
-from data_pipeline.readers.checks import to_datetime
+from data_pipeline.readers.checks import refuse_twice, shortened, to_datetime
 from data_pipeline.sources import SourceFile
 
 HEAD_BYTES = 1 << 20  # enough to tell the columns and their kinds
@@ -27,6 +28,7 @@ BLOCK_BYTES = 1 << 21  # parsed at a time; no row may be longer
 
 CSV_MEND = "close the quotes, and end rows with a line feed"
 MIXED_JSON = re.compile(r"Column\(/(.*)\) changed from (\w+) to (\w+)")
+OTHER_JSON = re.compile(r"Failed to convert JSON to (\w+), couldn't parse:(.*)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def frames(file: SourceFile, columns: Sequence[str], rows: int) -> Iterator[pl.D
     """All rows of `columns` in order, in frames of at most `rows` rows and about `BLOCK_BYTES`."""
     schema = None if file.format == "csv" else _json_schema(head(file, columns).rows)
     with opened(file) as stream, reading(file):
-        batches = _csv_batches(stream, file, columns) if schema is None else _json_batches(stream, file, schema)
+        batches = _csv_batches(stream, file, columns, BLOCK_BYTES) if schema is None else _json_batches(stream, file, schema)
         for batch in batches:
             yield from pl.DataFrame(batch).iter_slices(rows)
 
@@ -89,35 +91,33 @@ def _unpacked(raw: bytes, whole: bool) -> tuple[bytes, bool]:
 
 
 def _csv_head(file: SourceFile, raw: bytes, whole: bool, columns: Sequence[str]) -> Head:
-    if not whole:
-        raw = raw[: _row_end(raw)]
-        if not raw:
-            raise _endless(file, CSV_MEND)
+    if not whole and b"\n" not in raw and b"\r" not in raw:
+        raise _endless(file, CSV_MEND)
     text = io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline="")
-    names = next(csv.reader(text, delimiter=file.separator), [])
-    if twice := [name for name in columns if names.count(name) > 1]:
-        raise GenattError(f"{file.label} has {names.count(twice[0])} columns {twice[0]!r}: rename all but one")
+    names = next((row for row in csv.reader(text, delimiter=file.separator) if row), [])  # not an empty line
+    refuse_twice(columns, names, file.label)
     present = [name for name in columns if name in names]
     if not present:
         return Head(names, pl.DataFrame())
-    table = pa.Table.from_batches(_csv_batches(pa.BufferReader(raw), file, present), _text_schema(present))
+    # Of a file that goes on, a block that ends before `raw` does gives the rows that are whole.
+    batches = _csv_batches(pa.BufferReader(raw), file, present, BLOCK_BYTES if whole else len(raw) - 1)
+    try:
+        table = pa.Table.from_batches(batches if whole else itertools.islice(batches, 1), _text_schema(present))
+    except pa.ArrowInvalid as error:
+        if not whole and "straddling" in str(error):
+            raise _endless(file, CSV_MEND) from error
+        raise
     if not whole and not table.num_rows:
         raise _endless(file, CSV_MEND)
     return Head(names, pl.DataFrame(table))
 
 
-def _row_end(raw: bytes) -> int:
-    """Where the last whole row of CSV ends: a line end outside quotes has an even number of quotes before it."""
-    end = raw.rfind(b"\n")
-    while end > 0 and raw.count(b'"', 0, end) % 2:
-        end = raw.rfind(b"\n", 0, end)
-    return end + 1
-
-
-def _csv_batches(stream: BinaryIO, file: SourceFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _csv_batches(
+    stream: BinaryIO, file: SourceFile, columns: Sequence[str], block_bytes: int
+) -> Iterator[pa.RecordBatch]:
     yield from pacsv.open_csv(
         stream,
-        pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        pacsv.ReadOptions(use_threads=False, block_size=block_bytes),
         pacsv.ParseOptions(delimiter=file.separator, newlines_in_values=True),
         pacsv.ConvertOptions(
             include_columns=list(columns),
@@ -157,7 +157,9 @@ def _endless(file: SourceFile, mend: str) -> GenattError:
 
 
 def _json_schema(rows: pl.DataFrame) -> pa.Schema:
-    return pa.schema([(column.name, _arrow_type(column)) for column in rows])
+    """Of a column without a value so far, only text can follow: events are told late, nulls elsewhere are refused."""
+    types = ((column.name, _arrow_type(column)) for column in rows)
+    return pa.schema([(name, pa.string() if pa.types.is_null(type_) else type_) for name, type_ in types])
 
 
 def _json_batches(stream: BinaryIO, file: SourceFile, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -172,6 +174,13 @@ def _json_batches(stream: BinaryIO, file: SourceFile, schema: pa.Schema) -> Iter
             name, one, other = mixed.groups()
             raise GenattError(
                 f"column {name!r} of {file.label} has mixed types: {one} in some rows, {other} in others: "
+                "write it with one type"
+            ) from error
+        if other_kind := OTHER_JSON.search(str(error)):
+            kind, value = other_kind.groups()
+            names = " or ".join(repr(field.name) for field in schema if str(field.type) == kind)
+            raise GenattError(
+                f"column {names} of {file.label} has values of type {kind} first, and {shortened(value)} later: "
                 "write it with one type"
             ) from error
         raise

@@ -77,7 +77,9 @@ def evaluate(
         rows_ND = table.lookup(histories.items_N)
         states_BD = encode(backbone, rows_ND, histories, config)
         ranking = table.rank(
-            query(states_BD, histories, config.evaluation.exclude_seen), max(CUTOFFS), config.evaluation.chunk_items
+            query(states_BD, histories, config.evaluation.exclude_seen, sequences.manifest.out_of_vocabulary),
+            max(CUTOFFS),
+            config.evaluation.chunk_items,
         )
         rank_U[histories.user_B] = ranking.ahead_B + 1
         for cutoff, k in enumerate(CUTOFFS):
@@ -88,13 +90,17 @@ def evaluate(
     return Result(metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy()), ranks)
 
 
-def query(states_BD: Tensor, histories: Histories, exclude_seen: bool) -> Query:
+def query(states_BD: Tensor, histories: Histories, exclude_seen: bool, never: int | None = None) -> Query:
     """What the table is asked for these users. Without targets (recommendation) id 0 stands in: its rank is not
-    read.
+    read. never: an id that no list may hold, that which rare items share.
     """
     kept = slice(None) if exclude_seen else slice(0)
+    row_S, item_S = histories.seen_row_S[kept], histories.seen_item_S[kept]
+    if never is not None:
+        row_B = torch.arange(len(states_BD), device=row_S.device)
+        row_S, item_S = torch.cat((row_S, row_B)), torch.cat((item_S, torch.full_like(row_B, never)))
     targets = histories.target_B if histories.target_B is not None else torch.zeros_like(histories.user_B)
-    return Query(states_BD, histories.seen_row_S[kept], histories.seen_item_S[kept], targets)
+    return Query(states_BD, row_S, item_S, targets)
 
 
 def sampling_context(

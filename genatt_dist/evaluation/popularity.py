@@ -30,7 +30,7 @@ def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> 
         states_BD = torch.ones(len(histories.user_B), 1, dtype=torch.float64)
         ranking = rank_rows(
             rows_VD,
-            query(states_BD, histories, config.evaluation.exclude_seen),
+            query(states_BD, histories, config.evaluation.exclude_seen, sequences.manifest.out_of_vocabulary),
             max(CUTOFFS),
             config.evaluation.chunk_items,
         )

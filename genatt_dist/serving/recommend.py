@@ -96,7 +96,9 @@ def recommend(
             rows_ND = trained.table.lookup(histories.items_N)
             states_BD = encode(trained.backbone, rows_ND, histories, trained.config)
             ranking = trained.table.rank(
-                query(states_BD, histories, evaluation.exclude_seen), k, evaluation.chunk_items
+                query(states_BD, histories, evaluation.exclude_seen, trained.sequences.manifest.out_of_vocabulary),
+                k,
+                evaluation.chunk_items,
             )
         score = ranking.score_Bk.cpu().numpy().ravel()
         dense = ranking.top_Bk.cpu().numpy().ravel()
@@ -108,7 +110,8 @@ def recommend(
                 "score": score,
             }
         )
-        parts.append(part.filter(np.isfinite(score)))  # somebody who has seen nearly everything gets fewer than k
+        # Fewer than k for somebody who has seen nearly everything, or where the list names a hash bucket without items.
+        parts.append(part.filter(pl.Series(np.isfinite(score) & (dense > 0))).drop_nulls("item_id"))
         progress(len(rows))
     return pl.concat(parts)
 

@@ -1,5 +1,6 @@
 """Evaluation of a model, and of popularity, equals scoring every user by hand and sorting."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,30 @@ def test_evaluation_equals_scoring_each_user_by_hand(
     assert found.rank_U.tolist() == expected.rank_U.tolist()
     assert found.metrics == pytest.approx(expected.metrics)
     assert len(set(found.rank_U.tolist())) > 5
+
+
+@every_split
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_the_id_that_rare_items_share_is_in_no_list(
+    split: str, exclude_seen: bool, model: DenseModel, sequences: Sequences, prepared: Path
+) -> None:
+    shared = 3
+    ends = sequences.history_end("valid"), sequences.history_end("test")
+    valid, test = (
+        np.where(sequences.take(np.minimum(end, sequences.offsets[1:] - 1), np.ones_like(end))[0] == shared, -1, places)
+        for end, places in zip(ends, (sequences.valid, sequences.test), strict=True)
+    )
+    manifest = sequences.manifest.model_copy(update={"out_of_vocabulary": shared})
+    rare = replace(sequences, manifest=manifest, valid=valid.astype(np.int32), test=test.astype(np.int32))
+    config = run_config(prepared, evaluation={"exclude_seen": exclude_seen})
+    scores = scores_by_hand(model, rare, split, 8)
+    with_it = brute_force(scores, rare, split, exclude_seen)
+    scores[:, shared - 1] = -np.inf
+    expected = brute_force(scores, rare, split, exclude_seen)
+    assert with_it.rank_U.tolist() != expected.rank_U.tolist()
+    found = ranked(model, rare, split, config)
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == pytest.approx(expected.metrics)
 
 
 @pytest.mark.parametrize("batch_users", [1, 7, 512])
