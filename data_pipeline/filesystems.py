@@ -41,7 +41,9 @@ def filesystem(path: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, st
             raise GenattError(
                 f"cannot open {redact(path)}: {scheme}:// is not installed: pip install 'genatt-dist[{EXTRAS[scheme]}]'"
             ) from error
-        raise GenattError(f"cannot open {redact(path)}: {one_line(error, path)}: check the protocol before ://") from error
+        raise GenattError(
+            f"cannot open {redact(path)}: {one_line(error, path)}: check the protocol before ://"
+        ) from error
     return fs, inner
 
 

@@ -6,7 +6,6 @@ read with the kinds found, so a later row that does not fit is refused, never be
 
 import csv
 import io
-import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from data_pipeline.sources import SourceFile
 
 HEAD_BYTES = 1 << 20  # enough to tell the columns and their kinds
 BLOCK_BYTES = 1 << 21  # parsed at a time; no row may be longer
+END_FIELDS = 4097  # of the row put after a CSV file: more than any file has
 
 CSV_MEND = "close the quotes, and end rows with a line feed"
 MIXED_JSON = re.compile(r"Column\(/(.*)\) changed from (\w+) to (\w+)")
@@ -53,7 +53,7 @@ def frames(file: SourceFile, columns: Sequence[str], rows: int) -> Iterator[pl.D
     """All rows of `columns` in order, in frames of at most `rows` rows and about `BLOCK_BYTES`."""
     schema = None if file.format == "csv" else _json_schema(head(file, columns).rows)
     with opened(file) as stream, reading(file):
-        batches = _csv_batches(stream, file, columns, BLOCK_BYTES) if schema is None else _json_batches(stream, file, schema)
+        batches = _csv_batches(stream, file, columns) if schema is None else _json_batches(stream, file, schema)
         for batch in batches:
             yield from pl.DataFrame(batch).iter_slices(rows)
 
@@ -83,7 +83,10 @@ def _unpacked(raw: bytes, whole: bool) -> tuple[bytes, bool]:
     text = b""
     while raw and len(text) < HEAD_BYTES:  # a gzip file may have several members
         member = zlib.decompressobj(wbits=31)
-        text += member.decompress(raw, HEAD_BYTES - len(text))
+        try:
+            text += member.decompress(raw, HEAD_BYTES - len(text))
+        except zlib.error as error:
+            raise OSError(f"no gzip: {error}") from error
         if not member.eof:
             return text, False
         raw = member.unused_data
@@ -91,7 +94,9 @@ def _unpacked(raw: bytes, whole: bool) -> tuple[bytes, bool]:
 
 
 def _csv_head(file: SourceFile, raw: bytes, whole: bool, columns: Sequence[str]) -> Head:
-    if not whole and b"\n" not in raw and b"\r" not in raw:
+    csv.field_size_limit(max(csv.field_size_limit(), HEAD_BYTES))
+    raw = raw + b"\n" if whole else raw[: _row_end(raw, file.separator)]
+    if not raw:
         raise _endless(file, CSV_MEND)
     text = io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline="")
     names = next((row for row in csv.reader(text, delimiter=file.separator) if row), [])  # not an empty line
@@ -99,26 +104,39 @@ def _csv_head(file: SourceFile, raw: bytes, whole: bool, columns: Sequence[str])
     present = [name for name in columns if name in names]
     if not present:
         return Head(names, pl.DataFrame())
-    # Of a file that goes on, a block that ends before `raw` does gives the rows that are whole.
-    batches = _csv_batches(pa.BufferReader(raw), file, present, BLOCK_BYTES if whole else len(raw) - 1)
-    try:
-        table = pa.Table.from_batches(batches if whole else itertools.islice(batches, 1), _text_schema(present))
-    except pa.ArrowInvalid as error:
-        if not whole and "straddling" in str(error):
-            raise _endless(file, CSV_MEND) from error
-        raise
+    table = pa.Table.from_batches(_csv_batches(pa.BufferReader(raw), file, present), _text_schema(present))
     if not whole and not table.num_rows:
         raise _endless(file, CSV_MEND)
     return Head(names, pl.DataFrame(table))
 
 
-def _csv_batches(
-    stream: BinaryIO, file: SourceFile, columns: Sequence[str], block_bytes: int
-) -> Iterator[pa.RecordBatch]:
+def _row_end(raw: bytes, separator: str) -> int:
+    """Where the last row of CSV begins, which may be cut short. Only a quote that begins a field opens a text."""
+    lines = [0]  # where each line ends
+
+    def counted() -> Iterator[str]:
+        for line in io.StringIO(raw.decode("latin-1"), newline=""):  # a byte is a character
+            lines.append(lines[-1] + len(line))
+            yield line
+
+    rows = csv.reader(counted(), delimiter=separator)
+    ends = [lines[rows.line_num] for _ in rows]
+    return ends[-2] if len(ends) > 1 else 0
+
+
+def _csv_batches(stream: BinaryIO, file: SourceFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    closed = False
+
+    def is_end(row: pacsv.InvalidRow) -> str:
+        nonlocal closed
+        end = row.actual_columns == END_FIELDS and not row.text.strip(file.separator)
+        closed |= end
+        return "skip" if end else "error"
+
     yield from pacsv.open_csv(
-        stream,
-        pacsv.ReadOptions(use_threads=False, block_size=block_bytes),
-        pacsv.ParseOptions(delimiter=file.separator, newlines_in_values=True),
+        _Ended(stream, f"\n{file.separator * (END_FIELDS - 1)}\n".encode()),
+        pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        pacsv.ParseOptions(delimiter=file.separator, newlines_in_values=True, invalid_row_handler=is_end),
         pacsv.ConvertOptions(
             include_columns=list(columns),
             column_types=_text_schema(columns),
@@ -126,6 +144,25 @@ def _csv_batches(
             null_values=[""],
         ),
     )
+    if not closed:
+        raise GenattError(f"{file.label} ends inside quotes, which hide all rows after them: {CSV_MEND}")
+
+
+class _Ended(io.RawIOBase):
+    """A stream with `end` after its last byte.
+
+    At the end of a file Arrow closes quotes that are still open, and the rows behind them are gone without a word. A
+    last row that is in its place shows that none are.
+    """
+
+    def __init__(self, stream: BinaryIO, end: bytes) -> None:
+        self._stream, self._end = stream, io.BytesIO(end)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size) or self._end.read(size)
 
 
 def _text_schema(columns: Sequence[str]) -> pa.Schema:

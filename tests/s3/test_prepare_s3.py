@@ -124,19 +124,21 @@ def test_same_bytes_wherever_it_comes_from_and_goes_to(out: str, log: str, local
         verify(f"{s3.url}/out", load_manifest(f"{s3.url}/out"))
 
 
-@pytest.mark.ray
-def test_bursts_of_refusals_change_nothing(log: str, local: dict, s3, faults, on_ray: Callable):
+@pytest.mark.parametrize("on", ["no ray", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_bursts_of_refusals_change_nothing(on: str, log: str, local: dict, s3, faults, request: pytest.FixtureRequest):
+    run = request.getfixturevalue("on_ray") if on == "ray" else prepare
     for method, number in (("GET", 12), ("PUT", 6)):
         faults.fail(next_n=number, methods=(method,))
     faults.cut(next_n=3, key="log/*")
     faults.refuse(next_n=2, methods=("PUT",))
-    manifest = on_ray(options(log, f"{s3.url}/out"))
+    manifest = run(options(log, f"{s3.url}/out"))
     assert faults.failed == 12 + 6 + 3 + 2
     assert stored(s3, "out") == local
     assert load_manifest(f"{s3.url}/out") == manifest
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_failures_on_ray_leave_nothing(log: str, s3, faults, on_ray: Callable):
     faults.vanish("log/1.parquet", after=1)
     message = refusal(on_ray, options(log, f"{s3.url}/out"))
