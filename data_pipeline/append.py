@@ -248,11 +248,11 @@ class OldShard:
         return self.file
 
 
-def merged(old: Sequences, new: Sequences, config: PrepareConfig) -> tuple[Sequences, Ints]:
-    """Two versions' sequences of one shard as one, and the dense ids of the duplicates dropped.
+def merged(old: Sequences, new: Sequences, config: PrepareConfig) -> tuple[Sequences, Flags, Codes]:
+    """Two versions' sequences of one shard as one; which new rows were dropped as duplicates; dense ids of old ones.
 
     Users lie in the order of all shards, their rows by time, old before new. Without a time column, the places of new
-    rows follow the old ones'.
+    rows follow the old ones'. Only `consecutive` drops old rows: after a new one that came late.
     """
     ids = pa.concat_arrays([old.users, new.users.cast(old.users.type)]).dictionary_encode()
     ordered, place = by_key(ids.dictionary, config.seed)
@@ -273,6 +273,8 @@ def merged(old: Sequences, new: Sequences, config: PrepareConfig) -> tuple[Seque
     if config.time_column is None:  # all new rows follow: where one is dropped, it is the first
         times[fresh] -= np.bincount(user[again], minlength=len(place))[user[fresh]]
     kept = ~again
+    dropped, count_old = np.empty(len(rows), np.bool_), len(old.items)
+    dropped[rows] = again
     weights = None
     if old.weights is not None and new.weights is not None:
         weights = np.concatenate([old.weights, new.weights])[rows][kept]
@@ -284,7 +286,8 @@ def merged(old: Sequences, new: Sequences, config: PrepareConfig) -> tuple[Seque
             times=times[kept],
             weights=weights,
         ),
-        items[again].astype(np.int64),
+        dropped[count_old:],
+        old.items[dropped[:count_old]],
     )
 
 

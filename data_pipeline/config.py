@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -10,14 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from data_pipeline.splits import LeaveOneOut, SplitRule, parse_split
 from data_pipeline.storage import redact
 
+PATHS = ("source", "out", "items", "append_to")
+
+MOST = (1 << 31) - 1  # dense ids are 32-bit integers
+HEAVIEST = 1e38  # weights are 32-bit floats
+
 
 class PrepareConfig(BaseModel):
     """Options of `data_pipeline.prepare.prepare`. Unknown keys are an error (`pydantic.ValidationError`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     source: str = Field(
-        description="a known set (`ml-100k` …), `synthetic[:key=value,...]`, or a file, directory or glob (any fsspec path)"
+        description="a known set (`ml-100k` …), `synthetic[:key=value,...]`, or a file, directory or glob (any fsspec "
+        "path)"
     )
     out: str = Field(min_length=1, description="directory to create; it must not exist")
     name: str | None = Field(None, description="name of the data set; default: taken from the source")
@@ -56,7 +64,7 @@ class PrepareConfig(BaseModel):
         "drop", description="rows of items below min_count: drop them, or give them one id for all"
     )
     hash_buckets: int | None = Field(
-        None, ge=1, description="open catalogue: an item's id is its hash in 1..hash_buckets, known or not"
+        None, ge=1, le=MOST, description="open catalogue: an item's id is its hash in 1..hash_buckets, known or not"
     )
     max_history: int | None = Field(None, ge=1, description="keep a user's newest interactions only")
     split: SplitRule = Field(
@@ -64,19 +72,21 @@ class PrepareConfig(BaseModel):
     )
 
     num_shards: int | None = Field(
-        None, ge=1, le=100_000, description="users are hashed over so many files; default: by the number of rows"
+        None, ge=1, le=4096, description="users are hashed over so many files; default: by the number of rows"
     )
-    row_group_size: int = Field(1024, ge=1, description="users in a Parquet row group")
-    seed: int = Field(0, ge=0, description="key of the order of users inside a file")
+    row_group_size: int = Field(1024, ge=1, le=MOST, description="users in a Parquet row group")
+    seed: int = Field(0, ge=0, le=MOST, description="key of the order of users inside a file")
 
     num_cpus: int | None = Field(None, ge=1, description="of the local Ray; default: all. Does not change the result")
-    rows_per_block: int = Field(1_000_000, ge=1, description="rows a read task aims at. Does not change the result")
+    rows_per_block: int = Field(
+        1_000_000, ge=1, le=MOST, description="rows a read task aims at. Does not change the result"
+    )
     object_store_bytes: int | None = Field(
         None, ge=1 << 27, description="memory of the local Ray's object store; beyond it, blocks go to disk"
     )
     append_to: str | None = Field(None, description="a prepared directory that the source's rows are added to")
 
-    @field_validator("source", "out", "items", "append_to", mode="before")
+    @field_validator(*PATHS, mode="before")
     @classmethod
     def _path_to_string(cls, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -95,6 +105,22 @@ class PrepareConfig(BaseModel):
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("event_weights", mode="before")
+    @classmethod
+    def _events_are_text(cls, value: Any) -> Any:
+        """Event types that are numbers are read as text, so YAML may write them as numbers."""
+        if not isinstance(value, dict):
+            return value
+        return {str(event) if type(event) is int else event: weight for event, weight in value.items()}
+
+    @field_validator("event_weights")
+    @classmethod
+    def _weights_are_sizes(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for event, weight in (value or {}).items():
+            if not (math.isfinite(weight) and 0 <= weight <= HEAVIEST):
+                raise ValueError(f"{event}={weight:g}: a weight is a number from 0 (drop these rows) to {HEAVIEST:g}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "PrepareConfig":
@@ -115,6 +141,10 @@ class PrepareConfig(BaseModel):
         if self.duplicates == "exact" and self.time_column is None:
             raise ValueError("duplicates=exact compares times: name a time_column, or use duplicates=consecutive")
         return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, redact(value) if name in PATHS and isinstance(value, str) else value
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide the bytes written, free of credentials: what the manifest keeps."""

@@ -4,7 +4,6 @@ Counts come from footers and listings and are exact unless they are named estima
 it is for choosing a machine, not for accounting.
 """
 
-import os
 import tempfile
 import zlib
 from collections import Counter
@@ -19,17 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.append import Parent
 from data_pipeline.config import PrepareConfig
-from data_pipeline.local_ray import store_bytes
+from data_pipeline.local_ray import cpus, store_bytes
+from data_pipeline.planning import look
 from data_pipeline.prepare import num_shards
-from data_pipeline.readers import Plan, in_unit, plan
+from data_pipeline.readers import Plan
 from data_pipeline.readers.columns import used
 from data_pipeline.readers.times import DAY, EPOCH, FACTORS
 from data_pipeline.redaction import redact
-from data_pipeline.sources import SourceFile, resolve
-from data_pipeline.splits import TimePoint
-from data_pipeline.storage import read_ranges
+from data_pipeline.sources import SourceFile
+from data_pipeline.storage import check_access, check_free, read_ranges
 
 HEAD_BYTES = 1 << 20
 HEADS = 16  # text files looked into, to estimate the rows of all
@@ -110,21 +108,14 @@ def dry_run(config: PrepareConfig) -> DryRun:
     Raises
     ------
     GenattError
-        As `prepare` before Ray starts. Whether `out` can be written is not tried.
+        As `prepare` before Ray starts, also where `out` exists. Whether it can be written is not tried.
     """
-    parent = None if config.append_to is None else Parent.load(config.append_to)
-    if parent is not None:
-        config = parent.inherited(config)
+    check_access(config.out)
+    check_free(config.out)
     with tempfile.TemporaryDirectory(prefix="genatt-") as workdir:
-        source = resolve(config, Path(workdir))
-        planned = plan(source, config)
-        if parent is not None:
-            planned = parent.matched(planned)
+        looked = look(config, Path(workdir))
+        config, planned, source, parent = looked.config, looked.plan, looked.source, looked.parent
         rows = _rows(planned)
-    if isinstance(config.split, TimePoint):
-        config = config.model_copy(
-            update={"split": config.split.resolved(lambda value: in_unit(value, planned.time_unit, "split"))}
-        )
     columns = tuple(Column(role, column, getattr(planned.kinds, role)) for role, column in used(config).items())
     count = num_shards(planned, config)
     return DryRun(
@@ -199,11 +190,11 @@ def _estimates(planned: Plan, rows: int, shards: int, config: PrepareConfig) -> 
     row = ID_BYTES[planned.kinds.user] + ID_BYTES[planned.kinds.item] + 8 + 4 + weight
     shuffled, written = rows * row, rows * (4 + 8 + weight)
     store = config.object_store_bytes or store_bytes(config.num_cpus)
-    cpus = config.num_cpus or os.cpu_count() or 1
+    num_cpus = config.num_cpus or cpus()
     block = max((chunk.rows or config.rows_per_block for chunk in planned.chunks), default=0)
     task_rows = max(min(block, rows), -(-rows // shards))
-    processes = RAY_BYTES + cpus * WORKERS * WORKER_BYTES
-    tasks = cpus * TASK_COPIES * task_rows * row
+    processes = RAY_BYTES + num_cpus * WORKERS * WORKER_BYTES
+    tasks = num_cpus * TASK_COPIES * task_rows * row
     used_store = min(store, shuffled)
     size = filesize.decimal
     text = ", text ids taken as 24 bytes" if "string" in (planned.kinds.user, planned.kinds.item) else ""
@@ -218,8 +209,8 @@ def _estimates(planned: Plan, rows: int, shards: int, config: PrepareConfig) -> 
         Estimate(
             "memory",
             processes + used_store + tasks,
-            f"processes {size(processes)}, object store {size(used_store)}, {cpus} tasks with {TASK_COPIES} copies of "
-            f"{task_rows:,} rows each",
+            f"processes {size(processes)}, object store {size(used_store)}, {num_cpus} tasks with {TASK_COPIES} "
+            f"copies of {task_rows:,} rows each",
         ),
     )
 

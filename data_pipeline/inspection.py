@@ -54,7 +54,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class TopItem:
-    """An item by its original id; share: of all interactions."""
+    """An item by its original id; share: of all counts, as they are, before `max_history`."""
 
     item_id: int | str
     title: str | None
@@ -208,10 +208,11 @@ def _top_items(path: str, manifest: Manifest, top: int) -> tuple[TopItem, ...]:
     with _parquet(path, name) as file:
         title = next((column for column in TITLES if column in file.schema_arrow.names), None)
         rows = pl.DataFrame(file.read(["item_id", "count", *([title] if title else [])]))
+    total = int(rows["count"].sum())  # with max_history, more than the interactions: counts are from before it
     rows = rows.with_row_index("place").top_k(top, by=[pl.col("count"), -pl.col("place").cast(pl.Int64)])
     rows = rows.sort("count", "place", descending=[True, False])
     titles = rows[title].cast(pl.String).to_list() if title else [None] * rows.height
-    total = max(manifest.num_interactions, 1)
+    total = max(total, 1)
     return tuple(
         TopItem(item_id, text, count, count / total)
         for item_id, text, count in zip(rows["item_id"].to_list(), titles, rows["count"].to_list(), strict=True)

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import queue
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +19,7 @@ from ray.data import DataContext, Dataset
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, WorkerCrashedError
 
 from data_pipeline.errors import GenattError
-from data_pipeline.storage import one_line
+from data_pipeline.storage import check_access, one_line
 
 # Read by the processes Ray starts. One Polars thread a task: Ray runs as many tasks as there are CPUs.
 ENVIRONMENT = {
@@ -41,13 +43,16 @@ LEAST_STORE_BYTES = 3 << 27
 STORE_SHARE = 0.3  # of the machine's memory, at most
 CPUS_PER_SPILLER = 4  # Ray's default is four processes that spill and four that read back, on a laptop too
 WARM_SECONDS = 0.2
+TASKS_AHEAD = 2  # one that runs, and one whose arguments are fetched meanwhile
 SPILL_DIRECTORY = "RAY_object_spilling_directory"  # Ray's own variable, set by whoever starts this
 STALL_SECONDS = 1800.0  # no task of a stage ended for so long: something hangs
 CANCEL_SECONDS = 10.0  # that Ray gets to end the workers of cancelled tasks
 
 
 @contextmanager
-def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> Iterator[float]:
+def local_ray(
+    num_cpus: int | None, object_store_bytes: int | None = None, paths: Sequence[str] = ()
+) -> Iterator[float]:
     """Ray, quiet, for the time of the block; yields the seconds its start took.
 
     One that runs already is used as it is, whatever `num_cpus`, and stays; inside a Ray job that is the job's cluster
@@ -74,7 +79,7 @@ def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> It
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
         if ours:
-            _warm_up()
+            _warm_up(paths)
         yield time.perf_counter() - began if ours else 0.0
     finally:
         for name, value in before.items():
@@ -89,11 +94,12 @@ def local_ray(num_cpus: int | None, object_store_bytes: int | None = None) -> It
 
 def store_bytes(num_cpus: int | None) -> int:
     """Memory of the object store of a Ray with so many CPUs (None: the machine's)."""
-    wanted = max(LEAST_STORE_BYTES, STORE_BYTES * (num_cpus or _cpus()))
+    wanted = max(LEAST_STORE_BYTES, STORE_BYTES * (num_cpus or cpus()))
     return min(wanted, int(STORE_SHARE * psutil.virtual_memory().total))
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -105,7 +111,7 @@ def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
         "num_cpus": num_cpus,
         "object_store_memory": object_store_bytes or store_bytes(num_cpus),
         "include_dashboard": False,
-        "_system_config": {"max_io_workers": max(1, (num_cpus or _cpus()) // CPUS_PER_SPILLER)},
+        "_system_config": {"max_io_workers": max(1, (num_cpus or cpus()) // CPUS_PER_SPILLER)},
     }
     shared = {"runtime_env": {"env_vars": ENVIRONMENT}}
     terminated = signal.getsignal(signal.SIGTERM)
@@ -124,13 +130,18 @@ def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _warm_up() -> None:
-    """Starts a worker for each CPU and Ray Data's own actors, so that their imports are not the first stage's time."""
+def _warm_up(paths: Sequence[str]) -> None:
+    """Starts a worker for each CPU and Ray Data's own actors, so that their imports are not the first stage's time.
+
+    The libraries that the stores of `paths` need are imported too, and their clients made.
+    """
     count = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def load(batch: pa.Table) -> pa.Table:
         import data_pipeline.tasks  # noqa: F401
 
+        for path in paths:
+            check_access(path)
         time.sleep(WARM_SECONDS)  # no worker takes two
         return batch
 
@@ -148,18 +159,42 @@ def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int, 
     Raises
     ------
     GenattError
-        The one a task raised, or one that names `stage` for any other failure.
+        The one a task raised, or one that names `stage` for any other failure; or no block came in `STALL_SECONDS`.
     """
-    try:
-        for bundle in dataset.iter_internal_ref_bundles():
-            for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
-                yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
-    except Exception as error:
-        raise _plain(error, stage) from error
+    bundles: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of references: they are small
+    end = object()
+
+    def run() -> None:  # the iterator knows no time limit
+        try:
+            for bundle in dataset.iter_internal_ref_bundles():
+                bundles.put(bundle)
+            bundles.put(end)
+        except Exception as error:
+            bundles.put(error)
+
+    threading.Thread(target=run, name=f"stage {stage}", daemon=True).start()
+    while True:
+        try:
+            bundle = bundles.get(timeout=STALL_SECONDS)
+        except queue.Empty:
+            raise GenattError(
+                f"stage {stage}: no block came within {STALL_SECONDS:.0f} s: see whether the Ray cluster has free CPUs"
+            ) from None
+        if bundle is end:
+            return
+        if isinstance(bundle, Exception):
+            raise _plain(bundle, stage) from bundle
+        for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
+            yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
 
 
-def done(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, ray.ObjectRef]]:
-    """Place and reference of each of `refs`, as they come.
+def run(
+    start: Callable[[int], ray.ObjectRef], count: int, stage: str, ahead: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Starts tasks 0 to `count` - 1 and yields the number and value of each as it ends.
+
+    Only `ahead` of them (by default `TASKS_AHEAD` for each CPU) are started and not ended: Ray fetches the arguments of
+    waiting tasks, and with a store smaller than all of them it would read back from disk what it has to drop again.
 
     When one fails, or the caller stops, the workers of the others are ended: none writes anything afterwards. A worker
     asked to stop by itself would do so only when the call into a library it is in has returned.
@@ -167,40 +202,42 @@ def done(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, ray.O
     Raises
     ------
     GenattError
-        None ended within `STALL_SECONDS`.
+        As `outputs`; or none ended within `STALL_SECONDS`.
     """
-    place = {ref: number for number, ref in enumerate(refs)}
-    pending = list(refs)
+    limit = ahead or TASKS_AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    pending: dict[ray.ObjectRef, int] = {}
+    started = 0
     try:
-        while pending:
-            ended, pending = ray.wait(pending, num_returns=1, timeout=STALL_SECONDS, fetch_local=False)
+        while pending or started < count:
+            while started < count and len(pending) < limit:
+                pending[start(started)] = started
+                started += 1
+            ended, _ = ray.wait(list(pending), num_returns=1, timeout=STALL_SECONDS, fetch_local=False)
             if not ended:
                 raise GenattError(
                     f"stage {stage}: none of {len(pending)} tasks ended within {STALL_SECONDS:.0f} s: "
                     "see Ray's own logs, then try again"
                 )
-            yield place[ended[0]], ended[0]
+            number = pending.pop(ended[0])
+            yield number, value_of(ended.pop(), stage)
     finally:
         if pending:
             for ref in pending:
                 ray.cancel(ref, force=True)
-            ray.wait(pending, num_returns=len(pending), timeout=CANCEL_SECONDS, fetch_local=False)
+            ray.wait(list(pending), num_returns=len(pending), timeout=CANCEL_SECONDS, fetch_local=False)
 
 
 def results(refs: Sequence[ray.ObjectRef], stage: str) -> Iterator[tuple[int, Any]]:
-    """Place and value of each of `refs`, as they come.
+    """`run` of tasks that have been started: place and value of each of `refs`, as they come."""
+    return run(refs.__getitem__, len(refs), stage, ahead=max(1, len(refs)))
 
-    Raises
-    ------
-    GenattError
-        As `outputs` and `done`.
-    """
-    for number, ref in done(refs, stage):
-        try:
-            value = ray.get(ref, timeout=STALL_SECONDS)
-        except Exception as error:
-            raise _plain(error, stage) from error
-        yield number, value
+
+def value_of(ref: ray.ObjectRef | None, stage: str) -> Any:
+    """What a task returned; `GenattError` as `outputs`, and where it does not come within `STALL_SECONDS`."""
+    try:
+        return ray.get(ref, timeout=STALL_SECONDS)
+    except Exception as error:
+        raise _plain(error, stage) from error
 
 
 def _plain(error: Exception, stage: str) -> GenattError:

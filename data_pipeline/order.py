@@ -15,6 +15,7 @@ from data_pipeline.hashing import hash64
 from data_pipeline.narrow import narrow, widen
 
 Ints = npt.NDArray[np.int64]
+DENSE_SPAN = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def order(slices: list[pa.Table], config: PrepareConfig) -> Ordered:
     """
     table = pa.concat_tables([widen(part) for part in slices])
     users, user = _users(table["user_id"].combine_chunks(), config.seed)
-    item_ids, item = _items(table["item_id"].combine_chunks())
+    item_ids, item = _distinct(table["item_id"].combine_chunks())
     rows = pl.DataFrame(table.drop_columns(["user_id", "item_id"])).with_columns(pl.Series("item", item))
     rows = rows[by_user_and_time(user, rows["timestamp"].to_numpy())]
     lengths = np.bincount(user, minlength=users.height)
@@ -73,13 +74,21 @@ def by_key(ids: pa.Array, seed: int) -> tuple[pl.DataFrame, Ints]:
 
 def _users(column: pa.Array, seed: int) -> tuple[pl.DataFrame, Ints]:
     """The different users in their final order [U], and each row's place among them [N]."""
-    encoded = column.dictionary_encode()
-    users, place = by_key(encoded.dictionary, seed)
-    return users, place[encoded.indices.to_numpy()]
+    ids, code = _distinct(column)
+    users, place = by_key(ids, seed)
+    return users, place[code]
 
 
-def _items(column: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int32]]:
-    """The different items, rising [K], and each row's place among them [N]."""
+def _distinct(column: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int32]]:
+    """The different ids, rising, and each row's place among them [N]."""
+    if pa.types.is_int64(column.type) and len(column):
+        ids = column.to_numpy()
+        least, span = int(ids.min()), int(ids.max()) - int(ids.min()) + 1
+        if span <= DENSE_SPAN * len(ids):  # ids lie close together: a table is several times as fast as hashing
+            offset = ids - least
+            there = np.bincount(offset, minlength=span) > 0
+            place = (np.cumsum(there) - 1).astype(np.int32)
+            return pa.array(np.flatnonzero(there) + least), place[offset]
     encoded = column.dictionary_encode()
     ranks = pl.Series(pl.from_arrow(encoded.dictionary)).arg_sort().to_numpy()
     place = np.empty(len(ranks), np.int32)

@@ -17,8 +17,9 @@ import ray
 from pydantic import ValidationError
 
 from data_pipeline import tasks, vocabulary
-from data_pipeline.append import Parent, drift_text
+from data_pipeline.append import drift_text
 from data_pipeline.clean import Dropped
+from data_pipeline.closing import check_counts, defect, split_notes
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
 from data_pipeline.format import (
@@ -32,14 +33,13 @@ from data_pipeline.format import (
     parquet_bytes,
 )
 from data_pipeline.k_core import Flags, Ints, Items
-from data_pipeline.local_ray import done, local_ray, numbered, outputs, results
+from data_pipeline.local_ray import local_ray, numbered, outputs, results, run, value_of
 from data_pipeline.memory import MemorySampler, SpillCounter
+from data_pipeline.planning import Planned, look
 from data_pipeline.progress import Stage, Stages, Usage
-from data_pipeline.readers import Plan, in_unit, plan, read_table
-from data_pipeline.sources import Source, resolve
-from data_pipeline.splits import TimePoint
+from data_pipeline.readers import Plan, read_table
 from data_pipeline.storage import check_access, one_line, publishing, write_bytes
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.vocabulary import Tally, Vocabulary
 
 LEAST_SHARDS = 8
 ROWS_PER_SHARD = 1_000_000  # what one task orders in memory: some 100 bytes a row
@@ -68,9 +68,6 @@ def prepare(config: PrepareConfig, progress: bool = True, stages: Stages | None 
     GenattError
         Anything the user can mend; see `sources`, `readers`, `storage` and `local_ray`.
     """
-    parent = None if config.append_to is None else Parent.load(config.append_to)
-    if parent is not None:
-        config = parent.inherited(config)
     check_access(config.out)
     with (
         publishing(config.out) as directory,
@@ -78,15 +75,12 @@ def prepare(config: PrepareConfig, progress: bool = True, stages: Stages | None 
         stages or Stages(progress) as stages,
         MemorySampler() as memory,
     ):
-        source = resolve(config, Path(workdir))
-        planned = plan(source, config)  # before Ray starts: most errors are known by now
-        if parent is not None:
-            planned = parent.matched(planned)
-        if isinstance(config.split, TimePoint):
-            config = config.model_copy(update={"split": config.split.resolved(partial(_moment, planned))})
-        with local_ray(config.num_cpus, config.object_store_bytes) as ray_seconds:
+        planned = look(config, Path(workdir))  # before Ray starts: most errors are known by now
+        config = planned.config
+        with local_ray(config.num_cpus, config.object_store_bytes, (config.source, config.out)) as ray_seconds:
             spill = SpillCounter()
-            manifest = _Job(source, planned, config, directory, stages, parent).run()
+            job = _Job(planned, directory, stages)
+            manifest = job.run()
             spilled = spill.bytes()
         write_bytes(f"{directory}/{MANIFEST}", manifest.to_json())
         stages.usage = Usage(ray_seconds, spilled, memory.use())
@@ -94,11 +88,9 @@ def prepare(config: PrepareConfig, progress: bool = True, stages: Stages | None 
     if manifest.drift is not None:
         title = f"{title}\nappended: {drift_text(manifest.drift)}"
     stages.summary(title, manifest.ledger)
+    for note in job.notes:
+        stages.console.print(note, highlight=False, markup=False, soft_wrap=True)
     return manifest
-
-
-def _moment(planned: Plan, time: int | str) -> int:
-    return in_unit(time, planned.time_unit, "split")
 
 
 def num_shards(planned: Plan, config: PrepareConfig) -> int:
@@ -124,21 +116,15 @@ class _Shard:
 
 
 class _Job:
-    """One preparation; `run` is its stages in order."""
+    """One preparation; `run` is its stages in order, `notes` is what its user should know afterwards, a line each."""
 
-    def __init__(
-        self,
-        source: Source,
-        planned: Plan,
-        config: PrepareConfig,
-        directory: str,
-        stages: Stages,
-        parent: Parent | None,
-    ) -> None:
-        self._source, self._plan, self._config, self._directory = source, planned, config, directory
-        self._stages, self._parent = stages, parent
-        self._num_shards = num_shards(planned, config)
+    def __init__(self, planned: Planned, directory: str, stages: Stages) -> None:
+        self._source, self._plan = planned.source, planned.plan
+        self._config, self._parent = planned.config, planned.parent
+        self._directory, self._stages = directory, stages
+        self._num_shards = num_shards(self._plan, self._config)
         self._ledger: list[LedgerEntry] = []
+        self.notes: list[str] = []
 
     def run(self) -> Manifest:
         """All stages; writes everything but the manifest, which it returns."""
@@ -147,8 +133,13 @@ class _Job:
         items = self._k_core(shards, catalogue, counts.copy())
         known = None if self._parent is None else self._parent.items
         words = vocabulary.build(catalogue, np.where(items.alive, items.counts, 0), self._config, known)
+        if not words.size:
+            raise GenattError(
+                f"no rows left of {self._ledger[-1].rows_out}: no item has {self._config.min_count} rows: lower "
+                "min_count, or set out_of_vocabulary=bucket"
+            )
         written = self._write(shards, items.alive, words)
-        manifest = self._manifest(written, words)
+        manifest = self._manifest(written, catalogue, words)
         if self._parent is None or items.exempt is None:
             return manifest
         rejected = sum(one.rejected for one in written)
@@ -192,39 +183,52 @@ class _Job:
                 "it changed meanwhile; start again when nobody writes to it"
             )
         self._tell("read", stage.rows_in, stage.rows_out, dropped)
+        if not rows and self._parent is None:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self._ledger[-1].dropped.items())
+            raise GenattError(
+                f"source {self._source.name}: none of {stage.rows_in} rows is left after reading: {reasons}: "
+                "mend event_weights (events are told apart by case), time_from or time_to"
+            )
         return slices
 
     def _order(self, slices: list[list[ray.ObjectRef]]) -> tuple[list[_Shard], pl.DataFrame]:
         """Orders every shard, and drops the slices as it goes; returns also all items (item_id) with their count."""
         order = ray.remote(tasks.order).options(num_returns=5)
         rows_in = self._ledger[-1].rows_out
-        told, shards = [], []
-        for number in range(self._num_shards):
-            first, *parts = order.remote(self._config, *slices[number])
+        shards: dict[int, _Shard] = {}
+
+        def start(number: int) -> ray.ObjectRef:
+            told, *parts = order.remote(self._config, *slices[number])
             slices[number] = []  # the object store may drop them once they are used
-            told.append(first)
-            shards.append(_Shard(number, *parts))
-        duplicates = 0
+            shards[number] = _Shard(number, *parts)
+            return told
+
+        duplicates = unmerged = 0
         counted: list[pl.DataFrame] = []
         with self._stages.stage("order", rows_in=rows_in, steps=self._num_shards) as stage:
-            for number, one in results(told, "order"):
+            for number, one in run(start, self._num_shards, "order"):
                 stage.advance(one.rows)
                 duplicates += one.duplicates
-                counted.append(pl.DataFrame(ray.get(shards[number].items)))
-                if sum(table.height for table in counted[1:]) >= MERGE_ROWS:  # here, where the driver has time
-                    counted = [vocabulary.merge(counted)]
+                counted.append(pl.DataFrame(value_of(shards[number].items, "order")))
+                unmerged += counted[-1].height
+                if unmerged >= MERGE_ROWS:  # here, where the driver has time
+                    counted, unmerged = [vocabulary.merge(counted)], 0
             catalogue = vocabulary.merge(counted).sort("item_id")
         self._tell("order", rows_in, stage.rows_out, {self._config.duplicates: duplicates})
-        return shards, catalogue
+        return list(shards.values()), catalogue
 
     def _encode(self, shards: list[_Shard], catalogue: pl.DataFrame) -> tuple[pl.Series, Ints]:
         """All items, rising (an item's place there is its code), and rows of each [I]; shards get their codes."""
         with self._stages.stage("encode", rows_in=self._ledger[-1].rows_out, steps=len(shards)) as stage:
             shared = ray.put(_arrow(catalogue.select("item_id")))
             encode = ray.remote(tasks.encode)
-            for shard in shards:
+
+            def start(number: int) -> ray.ObjectRef:
+                shard = shards[number]
                 shard.codes, shard.items = encode.remote(shard.items, shared), None
-            for _ in done([shard.codes for shard in shards], "encode"):
+                return shard.codes
+
+            for _ in run(start, len(shards), "encode"):
                 stage.advance(0)
             stage.advance(stage.rows_in, steps=0)
         return catalogue["item_id"], catalogue["count"].to_numpy().copy()
@@ -241,18 +245,20 @@ class _Job:
                     shard.exempt = known.remote(shard.users, old)
         items = Items(counts, config.min_item_interactions, exempt)
         bury = ray.remote(tasks.bury).options(num_returns=2)
+
+        def start(flags: ray.ObjectRef, number: int) -> ray.ObjectRef:
+            shard = shards[number]
+            of = (shard.item, shard.users, shard.codes, shard.alive)
+            removed, shard.alive = bury.remote(*of, flags, config.min_user_interactions, shard.exempt)
+            return removed
+
         short = 0
         with self._stages.stage("k-core", rows_in=rows_in) as stage:
             for number in itertools.count(1):
                 buried = items.bury()
                 flags = ray.put(items.alive)
-                told = []
-                for shard in shards:
-                    of = (shard.item, shard.users, shard.codes, shard.alive)
-                    first, shard.alive = bury.remote(*of, flags, config.min_user_interactions, shard.exempt)
-                    told.append(first)
                 users = 0
-                for _, removed in results(told, "k-core"):
+                for _, removed in run(partial(start, flags), len(shards), "k-core"):
                     items.subtract(removed)
                     users, short = users + removed.users, short + removed.rows
                 left = int(items.counts[items.alive].sum())
@@ -274,17 +280,19 @@ class _Job:
         dense_of_code, flags = ray.put(words.dense_of_code), ray.put(lives)
         write = ray.remote(tasks.write)
         rows_in = self._ledger[-1].rows_out
-        refs = []
-        for shard in shards:
+
+        def start(number: int) -> ray.ObjectRef:
+            shard = shards[number]
             arguments = (shard.item, shard.columns, shard.users, shard.codes, shard.alive, dense_of_code, flags)
             old = None if parent is None else parent.files.get(shard.number)
             rest = (self._directory, config, words.out_of_vocabulary, old, shard.exempt)
-            refs.append(write.remote(shard.number, *arguments, *rest))
             shard.item = shard.columns = None
-        written: list[tasks.Written | None] = [None] * len(refs)
+            return write.remote(shard.number, *arguments, *rest)
+
+        written: list[tasks.Written | None] = [None] * len(shards)
         dropped: Dropped = {}
-        with self._stages.stage("write", rows_in=rows_in, steps=len(refs)) as stage:
-            for number, one in results(refs, "write"):
+        with self._stages.stage("write", rows_in=rows_in, steps=len(shards)) as stage:
+            for number, one in run(start, len(shards), "write"):
                 written[number] = one
                 for reason, rows in one.dropped.items():
                     dropped[reason] = dropped.get(reason, 0) + rows
@@ -294,17 +302,23 @@ class _Job:
         self._tell("write", rows_in, stage.rows_out, dropped, added)
         return [one for one in written if one is not None]
 
-    def _manifest(self, written: list[tasks.Written], words: Vocabulary) -> Manifest:
-        counts = np.concatenate([[0], words.table["count"].to_numpy()])
-        train = np.zeros(words.size + 1, np.int64)
-        if self._parent is not None:
-            train[: len(self._parent.train_counts)] = self._parent.train_counts
-        for one in written:
-            np.add.at(train, one.train_items, one.train_counts)
-            np.subtract.at(counts, one.again, 1)
-        table = words.table.with_columns(pl.Series("count", counts[1:]))
-        files = [one.file for one in written if one.file is not None]
+    def _manifest(self, written: list[tasks.Written], catalogue: pl.Series, words: Vocabulary) -> Manifest:
+        """Writes the vocabulary, its counts as the shards have made them, and checks them against the shards."""
         parent, config = self._parent, self._config
+        train = np.zeros(words.size + 1, np.int64)
+        trained, hidden = sum(one.trained for one in written), 0
+        if parent is not None:
+            train[: len(parent.train_counts)] = parent.train_counts
+            trained += int(parent.train_counts.sum())
+            hidden = int(parent.items["count"].sum()) - parent.manifest.num_interactions  # beyond max_history
+            again, lost = Tally.joined([one.again for one in written]), Tally.joined([one.lost for one in written])
+            words = words.without(catalogue, again, lost)
+        for one in written:
+            np.add.at(train, one.train.ids, one.train.counts)
+        entry = self._ledger[-1]
+        check_counts(words, train, entry.rows_out + entry.dropped.get("beyond_max_history", 0) + hidden, trained)
+        self.notes += split_notes(config.split, written, trained)
+        files = [one.file for one in written if one.file is not None]
         buckets = None if words.buckets is None else self._save(BUCKETS, _arrow(words.buckets))
         try:
             return Manifest(
@@ -318,7 +332,7 @@ class _Job:
                 time_unit=self._plan.time_unit,
                 out_of_vocabulary=words.out_of_vocabulary,
                 files=tuple(files),
-                vocabulary=self._save(VOCABULARY, self._with_attributes(vocabulary.finish(table, train))),
+                vocabulary=self._save(VOCABULARY, self._with_attributes(vocabulary.finish(words.table, train))),
                 buckets=buckets,
                 source=tuple(RawFile(path=file.label, bytes=file.bytes) for file in self._source.files),
                 config=config.recorded(),
@@ -354,10 +368,7 @@ class _Job:
 
 
 def _defect(error: ValidationError) -> GenattError:
-    return GenattError(
-        f"the ledger does not add up: {one_line(error.errors()[0]['ctx']['error'])}: nothing is published; "
-        "this is a defect, please report it with the options used"
-    )
+    return defect(one_line(error.errors()[0]["ctx"]["error"]))
 
 
 def _grouped(

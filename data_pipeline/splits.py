@@ -95,7 +95,7 @@ class RandomUsers(_Rule):
     rule: Literal["users"] = "users"
     valid_share: float = Field(gt=0, lt=1)
     test_share: float = Field(gt=0, lt=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 31)
 
     @model_validator(mode="after")
     def _some_train(self) -> "RandomUsers":

@@ -189,13 +189,24 @@ def publishing(out: str) -> Iterator[str]:
         yield directory
 
 
+def check_free(out: str) -> None:
+    """Refuses an `out` where something is already, as `publishing` does; nothing is written."""
+    fs, path = filesystem(out)
+    if not isinstance(fs, LocalFileSystem):
+        if there := _names(out.rstrip("/")):
+            raise _taken(out, there)
+        return
+    with explaining(out, "write"):
+        if os.path.lexists(path.rstrip("/")):
+            raise _taken(out)
+
+
 @contextmanager
 def _renamed(out: str, path: str) -> Iterator[str]:
     path = path.rstrip("/")
     staging = f"{path}.tmp-{secrets.token_hex(4)}"
+    check_free(out)
     with explaining(out, "write"):
-        if os.path.lexists(path):
-            raise _taken(out)
         os.makedirs(staging)
     try:
         yield staging
@@ -212,8 +223,7 @@ def _renamed(out: str, path: str) -> Iterator[str]:
 def _marked(out: str) -> Iterator[str]:
     out = out.rstrip("/")
     marker = f"{MARKER}{secrets.token_hex(8)}"
-    if there := _names(out):  # before the marker: a complete data set stays as it is
-        raise _taken(out, there)
+    check_free(out)  # before the marker: a complete data set stays as it is
     try:
         write_bytes(f"{out}/{marker}", b"genatt prepare writes here. If none is running, remove the whole directory.")
         if (there := _names(out)) != [marker]:

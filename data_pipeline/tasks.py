@@ -25,11 +25,13 @@ from data_pipeline.append import OldShard
 from data_pipeline.clean import Dropped, clean
 from data_pipeline.config import PrepareConfig
 from data_pipeline.format import INDEX, SHARD, ShardFile, WrittenFile, parquet_bytes
-from data_pipeline.k_core import Codes, Flags, Ints, Removed, bury_users, rows_of_users
+from data_pipeline.k_core import Codes, Flags, Removed, bury_users, rows_of_users
 from data_pipeline.narrow import widen
 from data_pipeline.readers import Plan, read_chunk
 from data_pipeline.sequences import Sequences
+from data_pipeline.splits import NONE
 from data_pipeline.storage import write_bytes
+from data_pipeline.vocabulary import Tally
 
 
 def read_block(batch: pa.Table, plan: Plan, config: PrepareConfig, num_shards: int) -> Iterator[pa.Table]:
@@ -89,24 +91,24 @@ def bury(
     return replace(removed, codes=codes[removed.codes]), left
 
 
-def _no_ids() -> Ints:
-    return np.empty(0, np.int64)
-
-
 @dataclass(frozen=True)
 class Written:
     """What became of a shard.
 
-    file: None if no user is there. dropped: rows by reason. train_items, train_counts [K]: dense ids and how much more
-    often each trains than in the parent's shard, if there is one. again: dense ids of rows that the parent has already.
-    rejected: users of the new rows, unknown to the parent, of whom no row is left.
+    file: None if no user is there. dropped: rows by reason. train: dense ids and how much more often each trains than
+    in the parent's shard, if there is one; trained: how many more rows train, by the index. again, lost: duplicates of
+    the two versions, new rows by their items' codes, old ones by dense id. targets: users with a valid and with a test
+    target, None where a copied index was not looked into. rejected: users of the new rows, unknown to the parent, of
+    whom no row is left.
     """
 
     file: ShardFile | None
     dropped: Dropped
-    train_items: Ints = field(default_factory=_no_ids)
-    train_counts: Ints = field(default_factory=_no_ids)
-    again: Ints = field(default_factory=_no_ids)
+    train: Tally = field(default_factory=Tally.empty)
+    trained: int = 0
+    again: Tally = field(default_factory=Tally.empty)
+    lost: Tally = field(default_factory=Tally.empty)
+    targets: tuple[int, int] | None = (0, 0)
     rejected: int = 0
 
 
@@ -145,10 +147,10 @@ def write(
     dropped = {"below_min_count": int(core.sum()) - len(kept.items)}
     if old is not None:
         if not len(kept.items):
-            return Written(old.copied(directory), dropped, rejected=rejected)
+            return Written(old.copied(directory), dropped, targets=None, rejected=rejected)
         before, places_before = old.read()
-        kept, again = append.merged(append.sequences_of(before), kept, config)
-        dropped["duplicate_of_parent"] = len(again)
+        kept, again, lost = append.merged(append.sequences_of(before), kept, config)
+        dropped["duplicate_of_parent"] = int(again.sum()) + len(lost)
     newest = kept.newest(config.max_history)
     dropped["beyond_max_history"] = len(kept.items) - len(newest.items)
     table = newest.table()
@@ -162,12 +164,23 @@ def write(
         index=_write(directory, INDEX.format(shard), places, config.row_group_size),
         **_write(directory, SHARD.format(shard), table, config.row_group_size).model_dump(),
     )
-    items, counts = sequences.train_counts(table, places)
+    train, trained = Tally(*sequences.train_counts(table, places)), _trained(places)
+    valid, test = (int((places[name].to_numpy() != NONE).sum()) for name in ("valid", "test"))
+    written = Written(file, dropped, train, trained, targets=(valid, test), rejected=rejected)
     if old is None:
-        return Written(file, dropped, items, counts, rejected=rejected)
-    old_items, old_counts = sequences.train_counts(before, places_before)
-    items, counts = np.concatenate([items, old_items]), np.concatenate([counts, -old_counts])
-    return Written(file, dropped, items, counts, again, rejected=rejected)
+        return written
+    items, counts = sequences.train_counts(before, places_before)
+    return replace(
+        written,
+        train=Tally(np.concatenate([train.ids, items]), np.concatenate([train.counts, -counts])),
+        trained=trained - _trained(places_before),
+        again=Tally.of(codes[item[admitted][again]]),
+        lost=Tally.of(lost),
+    )
+
+
+def _trained(places: pa.Table) -> int:
+    return int(places["train"].to_numpy().sum(dtype=np.int64))
 
 
 def _write(directory: str, path: str, table: pa.Table, row_group_size: int) -> WrittenFile:

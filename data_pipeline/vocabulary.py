@@ -3,7 +3,9 @@
 Legend: I items seen, by code; V dense ids.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,28 @@ from data_pipeline.readers import missing_column
 
 COLUMNS = ("item_id", "dense_id", "count", "train_count")
 Ints = npt.NDArray[np.int64]
+
+
+class Tally(NamedTuple):
+    """Codes or dense ids [K], and rows of each int64 [K]."""
+
+    ids: npt.NDArray[np.signedinteger]
+    counts: Ints
+
+    @staticmethod
+    def of(rows: npt.NDArray[np.signedinteger]) -> "Tally":
+        """How often each id is in `rows`."""
+        return Tally(*np.unique(rows, return_counts=True))
+
+    @staticmethod
+    def empty() -> "Tally":
+        """Of no rows."""
+        return Tally.of(np.empty(0, np.int64))
+
+    @staticmethod
+    def joined(parts: "Sequence[Tally]") -> "Tally":
+        """All of `parts`, one after the other: an id may come again."""
+        return Tally(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,28 @@ class Vocabulary:
     def size(self) -> int:
         """V: the largest dense id."""
         return self.table.height
+
+    def without(self, catalogue: pl.Series, new: Tally, old: Tally) -> "Vocabulary":
+        """Counts without duplicates of two versions: `new` rows by code (place in `catalogue`), `old` ones by dense id.
+
+        Which of a bucket's items an old row is of, nobody knows any more: the most frequent ones lose them.
+        """
+        counts = np.concatenate([[0], self.table["count"].to_numpy()])
+        np.subtract.at(counts, self.dense_of_code[new.ids], new.counts)
+        np.subtract.at(counts, old.ids, old.counts)
+        table = self.table.with_columns(pl.Series("count", counts[1:]))
+        if self.buckets is None:
+            return replace(self, table=table)
+        ours = merge([pl.DataFrame({"item_id": catalogue[new.ids], "count": new.counts})])
+        items = self.buckets.join(ours, on="item_id", how="left", suffix="_new", maintain_order="left")
+        items = _ordered(items.with_columns(pl.col("count") - pl.col("count_new").fill_null(0)).drop("count_new"))
+        theirs = np.zeros(self.size + 1, np.int64)
+        np.add.at(theirs, old.ids, old.counts)
+        before = pl.col("count").cum_sum().over("dense_id") - pl.col("count")
+        left = pl.Series("left", theirs[items["dense_id"].to_numpy()])
+        items = _ordered(items.with_columns(pl.col("count") - (left - before).clip(0, pl.col("count"))))
+        heads = _heads(items, self.size).with_columns(table["count"])
+        return replace(self, table=heads, buckets=_by_bucket(items))
 
 
 def merge(counts: list[pl.DataFrame]) -> pl.DataFrame:
@@ -99,19 +145,26 @@ def _hashed(counted: pl.DataFrame, num_codes: int, buckets: int, known: pl.DataF
 
     items = merge([part.select("item_id", "count") for part in (counted, known) if part is not None])
     items = items.with_columns(pl.Series("dense_id", bucket(items["item_id"])))
-    items = items.sort("count", "item_id", descending=[True, False])
-    heads = items.group_by("dense_id", maintain_order=True).agg(pl.col("item_id").first(), pl.col("count").sum())
-    every = pl.DataFrame({"dense_id": np.arange(1, buckets + 1, dtype=np.int32)})
-    table = every.join(heads, on="dense_id", how="left", maintain_order="left").with_columns(
-        pl.col("count").fill_null(0)
-    )
+    items = _ordered(items)
     dense_of_code = np.zeros(num_codes, np.int32)
     dense_of_code[counted["code"].to_numpy()] = bucket(counted["item_id"])
-    return Vocabulary(
-        table.select("item_id", "dense_id", "count"),
-        dense_of_code,
-        buckets=items.sort("dense_id", maintain_order=True).select("item_id", "dense_id", "count"),
-    )
+    return Vocabulary(_heads(items, buckets), dense_of_code, buckets=_by_bucket(items))
+
+
+def _ordered(items: pl.DataFrame) -> pl.DataFrame:
+    return items.sort("count", "item_id", descending=[True, False])
+
+
+def _heads(items: pl.DataFrame, buckets: int) -> pl.DataFrame:
+    """The first of `items` and the sum of counts of each bucket, from 1 on; null and 0 where it is empty."""
+    heads = items.group_by("dense_id", maintain_order=True).agg(pl.col("item_id").first(), pl.col("count").sum())
+    every = pl.DataFrame({"dense_id": np.arange(1, buckets + 1, dtype=np.int32)})
+    table = every.join(heads, on="dense_id", how="left", maintain_order="left")
+    return table.select("item_id", "dense_id", pl.col("count").fill_null(0))
+
+
+def _by_bucket(items: pl.DataFrame) -> pl.DataFrame:
+    return items.sort("dense_id", maintain_order=True).select("item_id", "dense_id", "count")
 
 
 def finish(vocabulary: pl.DataFrame, train_counts: Ints) -> pa.Table:

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
+from data_pipeline.redaction import one_line
 
 FIELDS = {"min_user": "min_user_interactions", "min_item": "min_item_interactions"}  # where the option is shorter
 _OPTIONS = {field: option for option, field in FIELDS.items()}
@@ -45,14 +46,17 @@ def _weights(text: str) -> dict[str, str]:
     pairs = [pair.rpartition("=") for pair in text.split(",")]
     if not all(event and weight for event, _, weight in pairs):
         raise GenattError(f"--event-weights {text!r}: give EVENT=WEIGHT,EVENT=WEIGHT,…, as in view=1,cart=3")
-    return {event.strip(): weight.strip() for event, _, weight in pairs}
+    weights = {event.strip(): weight.strip() for event, _, weight in pairs}
+    if len(weights) < len(pairs):
+        raise GenattError(f"--event-weights {text!r}: an event has two weights: give one")
+    return weights
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise GenattError(f"--config {file}: {reason}: name an existing YAML file") from None
     if not isinstance(tree, dict):
         raise GenattError(f"--config {file}: holds no keys: write `key: value` lines, as source: log.parquet")

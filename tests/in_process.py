@@ -33,7 +33,8 @@ def without_ray() -> Iterator[None]:
         numbered=lambda column, count: _Blocks(column, count),
         outputs=lambda blocks, _: ((block, block.num_rows, block.nbytes) for block in blocks),
         results=lambda refs, _: enumerate(refs),
-        done=lambda refs, _: enumerate(refs),
+        run=lambda start, count, _: ((number, start(number)) for number in range(count)),
+        value_of=lambda ref, _: ref,
         MemorySampler=lambda: nullcontext(memory),
         SpillCounter=lambda: spill,
     ):
@@ -41,13 +42,11 @@ def without_ray() -> Iterator[None]:
 
 
 class _Ray:
+    ObjectRef = Any
+
     @staticmethod
     def put(value: Any) -> Any:
         return _read_only(copy.deepcopy(value))  # who puts it there may change it afterwards
-
-    @staticmethod
-    def get(value: Any) -> Any:
-        return value
 
     @staticmethod
     def remote(function: Callable[..., Any]) -> "_Task":

@@ -55,7 +55,7 @@ def main() -> None:
     config = PrepareConfig(**vars(arguments))
 
     stages = Stages(enabled=False)
-    with local_ray(config.num_cpus, config.object_store_bytes) as ray_seconds:
+    with local_ray(config.num_cpus, config.object_store_bytes, (config.source,)) as ray_seconds:
         spilled, before, began = SpillCounter(), cpu_seconds(), time.perf_counter()
         manifest = prepare(config, stages=stages)
         seconds = time.perf_counter() - began

@@ -118,7 +118,8 @@ def _expected(path: Path, file: File) -> str | None:
     if file.digest is not None:
         return file.digest
     pin = _pin(path)
-    return f"sha256:{pin.read_text().split()[0]}" if pin.is_file() else None
+    noted = pin.read_text(errors="replace").split() if pin.is_file() else []  # empty: the disk was full, or a crash
+    return f"sha256:{noted[0]}" if noted else None
 
 
 def _pinned_at(path: Path, file: File) -> str:

@@ -86,7 +86,9 @@ def look(file: SourceFile, path_types: dict[str, pa.DataType], config: PrepareCo
         head = text.head(file, list(names.values()))
         if not head.names:  # JSON lines without a line
             return Look(None)
-        types = {name: pa.null() for name in head.names} | text.guess_types(head.rows, config.time_column)
+        types = {name: pa.null() for name in head.names} | text.guess_types(
+            head.rows, config.time_column, quoted=file.format == "jsonl"
+        )
         rows = head.rows.height
     from_path = tuple(name for name, _ in file.partition if name in names.values() and name not in types)
     types |= {name: path_types[name] for name in from_path}

@@ -58,8 +58,11 @@ def frames(file: SourceFile, columns: Sequence[str], rows: int) -> Iterator[pl.D
             yield from pl.DataFrame(batch).iter_slices(rows)
 
 
-def guess_types(rows: pl.DataFrame, time_column: str | None) -> dict[str, pa.DataType]:
-    """Types of the columns of a head. Of text, integers are only what is written like one."""
+def guess_types(rows: pl.DataFrame, time_column: str | None, quoted: bool = False) -> dict[str, pa.DataType]:
+    """Types of the columns of a head. Of text, integers are only what is written like one.
+
+    quoted: text was in quotes where numbers are not, as in JSON: it stays text, but for times.
+    """
 
     def guess(column: pl.Series) -> pa.DataType:
         values = column.drop_nulls()
@@ -67,6 +70,8 @@ def guess_types(rows: pl.DataFrame, time_column: str | None) -> dict[str, pa.Dat
             return pa.null()
         if column.dtype != pl.String:
             return _arrow_type(values)
+        if quoted and column.name != time_column:
+            return pa.string()
         if (values.cast(pl.Int64, strict=False).cast(pl.String) == values).fill_null(False).all():
             return pa.int64()
         if column.name == time_column and values.cast(pl.Float64, strict=False).is_not_null().all():

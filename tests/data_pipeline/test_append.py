@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from in_process import prepare, without_ray
 
 from data_pipeline import prepare as prepare_module
+from data_pipeline import vocabulary
 from data_pipeline.append import Parent, drift_text
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
 from data_pipeline.format import Manifest, load_manifest, manifest_hash, read_index, read_shard, read_vocabulary, verify
+from data_pipeline.vocabulary import Tally
 
 Options = Callable[..., PrepareConfig]
 Log = Callable[..., str]
@@ -259,6 +262,78 @@ def test_rows_that_are_there_already_change_nothing(options: Options, log: Log, 
     prepare(options(path, out=tmp_path / "w1"))
     twice = prepare(PrepareConfig(source=path, out=str(tmp_path / "w2"), append_to=str(tmp_path / "w1")))
     assert twice.num_interactions == 8  # without duplicates=exact nobody notices
+
+
+def counts_of(out: Path, manifest: Manifest) -> tuple[list[int], dict[Any, int]]:
+    """By dense id, and with buckets by item; the buckets' sums are the dense ids' counts."""
+    counts = read_vocabulary(str(out), manifest)["count"].to_pylist()
+    assert manifest.buckets is not None
+    buckets = pl.read_parquet(out / manifest.buckets.path)
+    sums = [0] * len(counts)
+    for dense, count in buckets.select("dense_id", "count").iter_rows():
+        assert count >= 0
+        sums[dense - 1] += count
+    assert sums == counts
+    return counts, dict(buckets.select("item_id", "count").iter_rows())
+
+
+def test_items_of_a_bucket_are_not_counted_again(options: Options, log: Log, tmp_path: Path):
+    columns = {"user_id": [1, 1, 2, 2, 3, 3, 4, 4], "item_id": [7, 8, 7, 9, 7, 8, 7, 8], "timestamp": list(range(8))}
+    path = log(**columns)
+    first = prepare(options(path, out=tmp_path / "v1", duplicates="exact", hash_buckets=2))
+    again = prepare(PrepareConfig(source=path, out=str(tmp_path / "v2"), append_to=str(tmp_path / "v1")))
+    assert (again.vocabulary, again.buckets) == (first.vocabulary, first.buckets)
+    assert counts_of(tmp_path / "v2", again)[1] == {7: 4, 8: 3, 9: 1}
+
+    # Of an item's new rows, those that repeat decide which one names the bucket: 9 has three of its own.
+    more = log("more.parquet", user_id=[1, 2, 5, 6, 7, 8], item_id=[7, 7, 9, 9, 9, 9], timestamp=[0, 2, 5, 6, 7, 8])
+    one = prepare(options(path, out=tmp_path / "w1", duplicates="exact", hash_buckets=1))
+    made = prepare(PrepareConfig(source=more, out=str(tmp_path / "w2"), append_to=str(tmp_path / "w1")))
+    assert vocabulary_of(tmp_path / "w1", one)[0][:3] == (7, 1, 8)
+    assert vocabulary_of(tmp_path / "w2", made)[0][:3] == (9, 1, 12)
+    assert counts_of(tmp_path / "w2", made) == ([12], {9: 5, 7: 4, 8: 3})
+
+
+def test_of_a_bucket_the_most_frequent_items_lose_old_rows():
+    catalogue = pl.Series("item_id", [7, 8, 9])
+    config = PrepareConfig.model_validate({"source": "-", "out": "-", "hash_buckets": 1})
+    words = vocabulary.build(catalogue, np.array([5, 3, 4]), config)
+    left = words.without(catalogue, Tally.of(np.array([0, 0, 2])), Tally(np.array([1]), np.array([4])))
+    assert left.table.rows() == [(9, 1, 5)]
+    assert left.buckets is not None
+    assert left.buckets.rows() == [(9, 1, 3), (8, 1, 2), (7, 1, 0)]
+
+
+def check_counts_of_buckets(
+    log: list[Row], cut: int, duplicates: str, buckets: int, max_history: int | None, late: bool
+):
+    """Some rows are in both versions; late: the new ones' times are before and after the old ones'."""
+    log = log if late else sorted(log, key=lambda row: row[2])
+    cut = min(cut, len(log))
+    parts = [log[:cut], log[cut // 2 :]]
+    options = {
+        "min_user_interactions": 1, "min_item_interactions": 1, "num_shards": 2, "duplicates": duplicates,
+        "hash_buckets": buckets, "max_history": max_history,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        made = versions(parts, Path(directory), INT_TYPES, **options)
+        beyond = sum(one.ledger[-1].dropped.get("beyond_max_history", 0) for one in made)
+        counts, of_item = counts_of(Path(directory) / "v1", made[1])
+        assert sum(counts) == made[1].num_interactions + beyond
+        if duplicates == "exact" and max_history is None and buckets > 1000:
+            assert of_item == Counter(item for _, item, _ in {row[:3] for row in log})
+
+
+BUCKETS = given(
+    log=logs(ids),
+    cut=st.integers(1, 30),
+    duplicates=st.sampled_from(["exact", "consecutive", "none"]),
+    buckets=st.sampled_from([1, 3, 1 << 16]),
+    max_history=st.sampled_from([None, 2]),
+    late=st.booleans(),
+)
+test_counts_of_buckets = few(BUCKETS(check_counts_of_buckets))
+test_counts_of_buckets_often = many(BUCKETS(check_counts_of_buckets))
 
 
 def test_of_one_time_the_old_rows_come_first(options: Options, log: Log, tmp_path: Path):

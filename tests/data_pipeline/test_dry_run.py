@@ -5,9 +5,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import polars as pl
 import pytest
 import ray
+from in_process import prepare
 from rich.console import Console
 from tiny_data import histories, write_prepared
 
@@ -158,7 +160,34 @@ def test_appending_takes_over_the_parents_choices(options: Options, tmp_path: Pa
     assert found.parent in shown(found)
 
 
-def test_no_secret_is_shown(options: Options, log: Callable[..., str]) -> None:
+def test_an_output_that_exists_is_refused_as_in_a_preparation(
+    options: Options, log: Callable[..., str], tmp_path: Path
+) -> None:
+    path = log(user_id=[1], item_id=[1], timestamp=[1])
+    (tmp_path / "there").mkdir()
+    there = fsspec.filesystem("memory")
+    there.pipe_file("/dry-run/manifest.json", b"{}")
+    for out in (tmp_path / "there", "memory://dry-run"):
+        messages = []
+        for look in (dry_run, prepare):
+            with pytest.raises(GenattError) as caught:
+                look(options(path, out=out))
+            messages.append(str(caught.value))
+        assert messages == [f"output {out} exists already: choose another --out, or remove it first"] * 2
+    there.rm("/dry-run", recursive=True)
+
+
+def test_tasks_are_estimated_for_the_cpus_there_are(
+    frame: pl.DataFrame, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame.write_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(planning, "cpus", lambda: 7)
+    assert "7 tasks with" in shown(looked(options(tmp_path / "a.parquet")))
+
+
+def test_no_secret_is_shown(options: Options, log: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for check in ("check_access", "check_free"):  # both ask the store
+        monkeypatch.setattr(planning, check, lambda _: None)
     path = log(user_id=[1], item_id=[1], timestamp=[1])
     found = dry_run(options(path, out="s3://key:hidden@bucket/out"))
     assert found.out == "s3://bucket/out"

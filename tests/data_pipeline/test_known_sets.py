@@ -294,6 +294,13 @@ def test_first_download_without_a_hash_is_pinned(server: Server, cache_root: Pat
         cache.obtain("a-set", file, QUIET)
 
 
+def test_hash_cut_off_by_a_crash_counts_for_none(server: Server, cache_root: Path):
+    (cache_root / "a-set").mkdir(parents=True)
+    (cache_root / "a-set" / "file.sha256").touch()
+    path = cache.obtain("a-set", File("file", (server.address(),)), QUIET)
+    assert Path(f"{path}.sha256").read_text() == f"{sha256(CONTENT)[7:]}  file\n"
+
+
 def test_two_processes_do_not_mix(server: Server, cache_root: Path):
     (cache_root / "a-set").mkdir(parents=True)
     with (cache_root / "a-set" / "file.lock").open("w") as lock:

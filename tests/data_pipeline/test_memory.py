@@ -22,7 +22,7 @@ for _ in range(3):
     if not os.fork():
         assert held[:].count(b'x'[0]) == {size} << 20
         break
-print('ready', flush=True)
+os.write(1, b'ready\n')  # four processes write: each its line in one piece
 sys.stdin.read()
 """
 Start = Callable[[str], "subprocess.Popen[str]"]

@@ -16,6 +16,7 @@ import pytest
 import ray
 from log_reference import Row, prepare_slowly
 
+from data_pipeline import planning
 from data_pipeline import prepare as prepare_module
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
@@ -207,8 +208,8 @@ def test_a_source_that_changes_fails(
         planned = plan(*arguments)
         return dataclasses.replace(planned, rows=planned.rows + 1)
 
-    plan = prepare_module.plan
-    monkeypatch.setattr(prepare_module, "plan", more)
+    plan = planning.plan
+    monkeypatch.setattr(planning, "plan", more)
     message = refusal(options(log(user_id=[1, 2], item_id=[1, 1], timestamp=[1, 1])))
     assert "3 rows when it was looked at, 2 when it was read" in message
 

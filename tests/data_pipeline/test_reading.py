@@ -13,10 +13,11 @@ from typing import Any
 import fsspec
 import polars as pl
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import storage
@@ -250,6 +251,7 @@ IDS = st.one_of(
 
 
 @settings(max_examples=100, deadline=None)
+@example(ids=["0"], ending="ndjson", cut=0, row_group_size=1, rows_per_block=1)  # JSON quotes it: text
 @given(
     ids=IDS,
     ending=st.sampled_from(ENDINGS),
@@ -451,6 +453,7 @@ def test_types_of_ids(ids: pa.Array, expected: list, options: Options, tmp_path:
         pa.array([True, False]),
         pa.array([b"a", b"b"]),
         pa.array([decimal.Decimal("1.5"), decimal.Decimal(2)]),
+        pa.array([1, 2], pa.decimal256(50, 0)),
         pa.array([[1], [2]]),
         pa.array([{"a": 1}, {"a": 2}]),
         pa.array([datetime.date(2024, 1, 1)] * 2),
@@ -527,9 +530,55 @@ def test_column_missing_in_one_file(log: Log, options: Options, tmp_path: Path):
     )
 
 
-def test_column_twice_in_csv(options: Options, tmp_path: Path):
-    (tmp_path / "log.csv").write_text("user_id,item_id,item_id,timestamp\n1,2,3,4\n")
-    assert "log.csv has 2 columns 'item_id'" in refusal(options(tmp_path / "log.csv"), tmp_path)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("name", ["item_id", "timestamp"])
+def test_column_twice(name: str, ending: str, options: Options, tmp_path: Path):
+    path = tmp_path / f"log.{ending}"
+    columns = pa.table([pa.array([1])] * 4, ["user_id", "item_id", "timestamp", name])
+    pq.write_table(columns, path) if ending == "parquet" else pyarrow.csv.write_csv(columns, path)
+    assert refusal(options(path), tmp_path) == f"log.{ending} has 2 columns {name!r}: rename all but one"
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.json.gz"])
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"user_id\n") + b"what is this"])
+def test_what_is_no_gzip(content: bytes, name: str, options: Options, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    assert f"{name} is no readable" in refusal(options(tmp_path / name), tmp_path)
+
+
+def test_empty_lines_before_the_names_of_columns(options: Options, tmp_path: Path):
+    (tmp_path / "log.csv").write_text("\n\r\nuser_id,item_id,timestamp\n1,2,3\n")
+    assert read(options(tmp_path / "log.csv"), tmp_path).row(0) == (1, 2, 3, 0)
+
+
+def test_names_of_columns_alone(options: Options, tmp_path: Path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp")
+    assert "no rows" in refusal(options(tmp_path / "log.csv"), tmp_path)
+
+
+@pytest.mark.parametrize("head_bytes", [1 << 20, 200])
+@pytest.mark.parametrize("rows_before", [1, 50])
+def test_quotes_that_are_never_closed_hide_no_rows(
+    rows_before: int, head_bytes: int, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(text, "HEAD_BYTES", head_bytes)
+    rows = ["user_id,item_id,timestamp,title", *["1,2,3,x"] * rows_before, '1,2,3,"TV 32', *["1,2,3,x"] * 100]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    assert "log.csv ends inside quotes" in refusal(options(tmp_path / "log.csv"), tmp_path)
+
+
+def test_quotes_inside_fields_are_characters(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text, "HEAD_BYTES", 200)
+    rows = ["user_id,item_id,timestamp,title", '1,2,3,TV 32" flat', *['1,2,3,"a\nb,"""'] * 100]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    assert len(read(options(tmp_path / "log.csv"), tmp_path)) == 101
+
+
+def test_values_are_shown_in_part(options: Options, tmp_path: Path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,2,3\n" + "x" * 1_500_000 + ",2,3\n")
+    message = refusal(options(tmp_path / "log.csv"), tmp_path)
+    assert "first 'xxx" in message
+    assert len(message) < 400
 
 
 @pytest.mark.parametrize(
@@ -601,6 +650,22 @@ def test_json_that_drifts_after_the_head(options: Options, tmp_path: Path, monke
     assert refusal(options(path), tmp_path) == (
         "column 'user_id' of log.jsonl has mixed types: number in some rows, string in others: write it with one type"
     )
+
+
+def test_json_numbers_of_another_kind_after_the_head(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text, "HEAD_BYTES", 200)
+    path = jsonl(tmp_path / "log.jsonl", *[row("u")] * 50, row("u", time=3.5))
+    assert refusal(options(path), tmp_path) == (
+        "column 'item_id' or 'timestamp' of log.jsonl has values of type int64 first, and 3.5 later: write it with one "
+        "type"
+    )
+
+
+def test_json_events_that_begin_after_the_head(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(text, "HEAD_BYTES", 200)
+    path = jsonl(tmp_path / "log.jsonl", *[row(event=None)] * 50, row(event="buy"))
+    events = read(options(path, event_column="event", event_weights={"buy": 1}), tmp_path)["event"]
+    assert events.to_list() == [None] * 50 + ["buy"]
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -720,6 +785,12 @@ def test_datetimes_that_the_finest_unit_cannot_hold(options: Options, tmp_path: 
 def test_iso_times_in_text(written: list, expected: list, ending: str, options: Options, tmp_path: Path):
     write(pl.DataFrame({"user_id": [1, 2], "item_id": [1, 2], "timestamp": written}), tmp_path / f"log.{ending}")
     assert read(options(tmp_path / f"log.{ending}"), tmp_path)["timestamp"].to_list() == expected
+
+
+@pytest.mark.parametrize("written", ["01/02/2024", "1-2-2024", "01.02.2024 10:00", "02/01/24"])
+def test_dates_with_the_day_or_the_month_first_are_no_iso_times(written: str, options: Options, tmp_path: Path):
+    (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp\n1,2,{written}\n")
+    assert "column 'timestamp' of log.csv has type string" in refusal(options(tmp_path / "log.csv"), tmp_path)
 
 
 # --- the time range ------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_stages_together_equal_the_plain_reference(
             items.alive, directory, config, words.out_of_vocabulary, None,
         )  # fmt: skip
         dropped |= {reason: dropped[reason] + count for reason, count in written.dropped.items()}
-        np.add.at(train, written.train_items, written.train_counts)
+        np.add.at(train, written.train.ids, written.train.counts)
         if written.file is None:
             continue
         table, index = read_shard(directory, written.file), read_index(directory, written.file)

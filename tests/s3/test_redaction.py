@@ -8,8 +8,12 @@ import fsspec.config
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from data_pipeline.config import PrepareConfig
+from data_pipeline.errors import GenattError
 from data_pipeline.redaction import one_line, redact
+from data_pipeline.storage import filesystem
 
 # Distinct from all that a message says otherwise, with the characters that keys of AWS and Azure have, and worse ones.
 SECRETS = st.text(string.ascii_letters + string.digits + "/+=@:?#&%'\"()[]{},;!~^|\\<>", min_size=1, max_size=20).map(
@@ -99,3 +103,19 @@ def test_what_is_no_secret_stays(path, said):
 def test_message_of_an_error_without_text_is_its_kind():
     assert one_line(TimeoutError()) == "TimeoutError"
     assert one_line(OSError("a\n  b")) == "a b"
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "simplecache::ftp", "hdfs", "nosuch"])
+def test_pieces_of_a_path_that_a_library_repeats_are_cut(scheme):
+    """As in "Port could not be cast to integer value as 'SECRET'", where a password holds a slash."""
+    with pytest.raises(GenattError) as caught:
+        filesystem(f"{scheme}://user:ZqZqZq/qZqZqZ@host/log")
+    assert not leaks(str(caught.value), "ZqZqZq/qZqZqZ")
+
+
+def test_options_are_shown_without_secrets():
+    path = "s3://key:ZqqZ@bucket/log"
+    assert not leaks(repr(PrepareConfig(source=path, out=path, items=path, append_to=path)), "ZqqZ")
+    with pytest.raises(ValidationError) as caught:
+        PrepareConfig(source="s3://k:ZqqZ@b", out="o", time_column=None, time_from=1)
+    assert not leaks(str(caught.value), "ZqqZ")
