@@ -43,6 +43,7 @@ LEAST_STORE_BYTES = 3 << 27
 STORE_SHARE = 0.3  # of the machine's memory, at most
 CPUS_PER_SPILLER = 4  # Ray's default is four processes that spill and four that read back, on a laptop too
 WARM_SECONDS = 0.2
+READER = "blocks of Ray Data"  # the thread that waits for them
 TASKS_AHEAD = 2  # one that runs, and one whose arguments are fetched meanwhile
 SPILL_DIRECTORY = "RAY_object_spilling_directory"  # Ray's own variable, set by whoever starts this
 STALL_SECONDS = 1800.0  # no task of a stage ended for so long: something hangs
@@ -85,11 +86,14 @@ def local_ray(
         for name, value in before.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = preserve_order
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if ours:
             ray.shutdown()
             ray_worker.print_to_stdstream = printed
+        for thread in threading.enumerate():
+            if thread.name == READER:  # of a stage that did not end: it has something to say, which nobody should hear
+                thread.join(CANCEL_SECONDS)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def store_bytes(num_cpus: int | None) -> int:
@@ -162,30 +166,36 @@ def outputs(dataset: Dataset, stage: str) -> Iterator[tuple[ray.ObjectRef, int, 
         The one a task raised, or one that names `stage` for any other failure; or no block came in `STALL_SECONDS`.
     """
     bundles: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of references: they are small
-    end = object()
+    end, stop = object(), threading.Event()
 
-    def run() -> None:  # the iterator knows no time limit
+    def read() -> None:  # the iterator knows no time limit
         try:
             for bundle in dataset.iter_internal_ref_bundles():
                 bundles.put(bundle)
+                if stop.is_set():
+                    return
             bundles.put(end)
         except Exception as error:
             bundles.put(error)
 
-    threading.Thread(target=run, name=f"stage {stage}", daemon=True).start()
-    while True:
-        try:
-            bundle = bundles.get(timeout=STALL_SECONDS)
-        except queue.Empty:
-            raise GenattError(
-                f"stage {stage}: no block came within {STALL_SECONDS:.0f} s: see whether the Ray cluster has free CPUs"
-            ) from None
-        if bundle is end:
-            return
-        if isinstance(bundle, Exception):
-            raise _plain(bundle, stage) from bundle
-        for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
-            yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
+    threading.Thread(target=read, name=READER, daemon=True).start()
+    try:
+        while True:
+            try:
+                bundle = bundles.get(timeout=STALL_SECONDS)
+            except queue.Empty:
+                raise GenattError(
+                    f"stage {stage}: no block came within {STALL_SECONDS:.0f} s: see whether the Ray cluster has free "
+                    "CPUs"
+                ) from None
+            if bundle is end:
+                return
+            if isinstance(bundle, Exception):
+                raise _plain(bundle, stage) from bundle
+            for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
+                yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
+    finally:
+        stop.set()
 
 
 def run(

@@ -70,7 +70,7 @@ def main() -> None:
                 "steps": {stage.name: round(stage.seconds, 3) for stage in stages.done},
                 "rows_in": manifest.ledger[0].rows_in,
                 "rows_out": manifest.ledger[-1].rows_out,
-                "cpu_seconds": {role: value for role, value in used.items() if value > 0},
+                "cpu_seconds": {role: value for role, value in used.items() if value >= 0},
                 "spilled_bytes": spilled_bytes,
             }
         )

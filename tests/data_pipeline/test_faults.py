@@ -377,8 +377,8 @@ def test_full_spill_directory(tmp_path: Path):
     [
         ("read_block", signal.SIGTERM, False),
         ("order", signal.SIGINT, True),
-        ("write", signal.SIGINT, False),
-        ("write", signal.SIGTERM, False),
+        pytest.param("write", signal.SIGINT, False, marks=pytest.mark.exhaustive),
+        pytest.param("write", signal.SIGTERM, False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_stopped(stage: str, sign: signal.Signals, group: bool, days: Path, tmp_path: Path):

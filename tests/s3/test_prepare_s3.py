@@ -124,7 +124,8 @@ def test_same_bytes_wherever_it_comes_from_and_goes_to(out: str, log: str, local
         verify(f"{s3.url}/out", load_manifest(f"{s3.url}/out"))
 
 
-@pytest.mark.parametrize("on", ["no ray", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["no ray", pytest.param("ray", marks=pytest.mark.ray)])
 def test_bursts_of_refusals_change_nothing(on: str, log: str, local: dict, s3, faults, request: pytest.FixtureRequest):
     run = request.getfixturevalue("on_ray") if on == "ray" else prepare
     for method, number in (("GET", 12), ("PUT", 6)):
@@ -247,6 +248,7 @@ def test_no_access_is_one_line_and_exit_code_2(verb: str, log: str, s3, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_failing_write_leaves_nothing(log: str, s3, monkeypatch: pytest.MonkeyPatch):
     """The k-th write fails for every k; and once more without tidying up, as if the process had been killed there."""
     write, writes = storage._to_the_end, 0
@@ -289,7 +291,11 @@ def test_every_failing_write_leaves_nothing(log: str, s3, monkeypatch: pytest.Mo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "sign", "group"),
-    [("read_block", signal.SIGINT, False), ("write", signal.SIGINT, True), ("write", signal.SIGTERM, False)],
+    [
+        pytest.param("read_block", signal.SIGINT, False, marks=pytest.mark.exhaustive),
+        pytest.param("write", signal.SIGINT, True, marks=pytest.mark.exhaustive),
+        ("write", signal.SIGTERM, False),
+    ],
 )
 def test_stopped(stage: str, sign: signal.Signals, group: bool, log: str, s3, tmp_path: Path):
     marker = tmp_path / "there"
