@@ -15,7 +15,7 @@ from data_pipeline.hashing import hash64
 from data_pipeline.narrow import narrow, widen
 
 Ints = npt.NDArray[np.int64]
-DENSE_SPAN = 4
+DENSE_SPAN = 4  # times as many ids as rows that a table of them may have
 
 
 @dataclass(frozen=True)

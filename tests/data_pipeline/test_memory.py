@@ -22,7 +22,7 @@ for _ in range(3):
     if not os.fork():
         assert held[:].count(b'x'[0]) == {size} << 20
         break
-os.write(1, b'ready\n')  # four processes write: each its line in one piece
+os.write(1, b'ready\\n')  # four processes write: each its line in one piece
 sys.stdin.read()
 """
 Start = Callable[[str], "subprocess.Popen[str]"]
@@ -58,7 +58,7 @@ def test_a_child_is_seen_and_what_it_held_stays_known(start: Start) -> None:
     peaks = {process.pid: process for process in use.processes}
     assert 80 * MIB < peaks[child.pid].bytes < 160 * MIB
     assert peaks[child.pid].role == "other"
-    assert use.roles["other"] == peaks[child.pid].bytes
+    assert use.roles["other"] >= peaks[child.pid].bytes  # more where other tests' Ray runs
     assert max(size for _, size in use.line) == use.peak >= 80 * MIB + use.line[-1][1] / 2
     assert use.line[-1][1] < use.peak - 60 * MIB  # it has ended
     assert sum(process.role == "driver" for process in use.processes) == 1
