@@ -7,7 +7,6 @@ Legend: G row groups of all shards, in the order of the manifest; a row group's 
 
 from __future__ import annotations
 
-import io
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import GenattError
 from data_pipeline.format import MEND, Manifest, ShardFile
+from data_pipeline.readers.access import Parts
 from data_pipeline.storage import read_ranges, redact
 from genatt_dist.data.ahead import LIMIT_SECONDS
 
@@ -42,7 +42,7 @@ class Shards:
         self._locks = [threading.Lock() for _ in files]
 
     def column(self, shard: int, row_groups: Sequence[int], name: str) -> pa.ChunkedArray:
-        """Column `name` of some row groups of the shard with this index in the manifest.
+        """Column `name` of some row groups (rising) of the shard with this index in the manifest.
 
         Raises GenattError naming file and row groups: unreadable, damaged.
         """
@@ -51,7 +51,7 @@ class Shards:
             footer = self._footer(shard)
             ranges = [_chunk(footer.row_group(group), name) for group in row_groups]
             parts = read_ranges(f"{self._path}/{file.path}", ranges)
-            sparse = pa.PythonFile(_Sparse(file.bytes, [start for start, _ in ranges], parts), mode="r")
+            sparse = pa.PythonFile(Parts(file.bytes, ranges, parts), mode="r")
             reader = pq.ParquetFile(sparse, metadata=footer, page_checksum_verification=True, pre_buffer=False)
             return reader.read_row_groups(list(row_groups), columns=[name], use_threads=False)[name]
         except (OSError, IndexError, KeyError, pa.ArrowException) as error:
@@ -84,34 +84,6 @@ def _chunk(row_group: pq.RowGroupMetaData, name: str) -> tuple[int, int]:
                 start = min(start, column.dictionary_page_offset)
             return start, start + column.total_compressed_size
     raise KeyError(f"it has no column {name}")
-
-
-class _Sparse(io.RawIOBase):
-    """A file of which only some parts are here: those that the reader, who knows the footer, asks for."""
-
-    def __init__(self, size: int, starts: list[int], parts: list[bytes]) -> None:
-        self._size, self._starts, self._parts, self._at = size, starts, parts, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        for start, part in zip(self._starts, self._parts, strict=True):
-            if start <= self._at < start + len(part):
-                found = part[self._at - start :][: size if size >= 0 else None]
-                self._at += len(found)
-                return found
-        raise OSError(f"nothing was read at byte {self._at}")
 
 
 class RowGroups:
