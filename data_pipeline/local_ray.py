@@ -16,6 +16,7 @@ import ray
 import ray.data
 from ray._private import worker as ray_worker
 from ray.data import DataContext, Dataset
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, WorkerCrashedError
 
 from data_pipeline.errors import GenattError
@@ -87,6 +88,7 @@ def local_ray(
             setattr(context, name, value)
         context.execution_options.preserve_order = preserve_order
         if ours:
+            _end_executors()
             ray.shutdown()
             ray_worker.print_to_stdstream = printed
         for thread in threading.enumerate():
@@ -94,6 +96,14 @@ def local_ray(
                 thread.join(CANCEL_SECONDS)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _end_executors() -> None:
+    """Ends the threads that schedule for Ray Data: one that asks about a task while Ray ends aborts this process."""
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread._shutdown = True  # not public; its own `shutdown` goes on after two seconds, ended or not
+            thread.join(CANCEL_SECONDS)
 
 
 def store_bytes(num_cpus: int | None) -> int:

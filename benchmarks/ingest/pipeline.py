@@ -19,28 +19,37 @@ import psutil  # noqa: E402
 
 from data_pipeline.config import PrepareConfig  # noqa: E402
 from data_pipeline.local_ray import local_ray  # noqa: E402
-from data_pipeline.memory import ROLES, SpillCounter  # noqa: E402
+from data_pipeline.memory import SpillCounter, role_of  # noqa: E402
 from data_pipeline.prepare import prepare  # noqa: E402
 from data_pipeline.progress import Stages  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _BEGAN
 
 
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds up to now of this process and its descendants that still run, and the dead ones they waited for."""
-    seconds: dict[str, float] = {}
+def cpu_times() -> dict[psutil.Process, tuple[str, float, float]]:
+    """This process and its descendants: role, CPU seconds up to now, and those of the dead each of them waited for."""
+    times: dict[psutil.Process, tuple[str, float, float]] = {}
     this = psutil.Process()
     for process in [this, *this.children(recursive=True)]:
         try:
-            line, times = " ".join([*process.cmdline(), ""]), process.cpu_times()
+            line, taken = " ".join([*process.cmdline(), ""]), process.cpu_times()
         except psutil.Error:  # ended meanwhile
             continue
-        role = "driver" if process == this else next((role for mark, role in ROLES if mark in line), "other")
-        own = times.user + times.system
-        dead = times.children_user + times.children_system
-        seconds[role] = seconds.get(role, 0.0) + own
-        seconds["ended"] = seconds.get("ended", 0.0) + dead
-    return seconds
+        role = "driver" if process == this else role_of(line)
+        times[process] = role, taken.user + taken.system, taken.children_user + taken.children_system
+    return times
+
+
+def used_between(
+    before: dict[psutil.Process, tuple[str, float, float]], after: dict[psutil.Process, tuple[str, float, float]]
+) -> dict[str, float]:
+    """CPU seconds by role, of two `cpu_times`; an idle worker that Ray ended meanwhile counts under "ended"."""
+    used: dict[str, float] = {}
+    for process, (role, own, dead) in after.items():
+        _, own_before, dead_before = before.get(process, (role, 0.0, 0.0))
+        used[role] = used.get(role, 0.0) + own - own_before
+        used["ended"] = used.get("ended", 0.0) + dead - dead_before
+    return {role: round(seconds, 2) for role, seconds in used.items()}
 
 
 def main() -> None:
@@ -56,11 +65,10 @@ def main() -> None:
 
     stages = Stages(enabled=False)
     with local_ray(config.num_cpus, config.object_store_bytes, (config.source,)) as ray_seconds:
-        spilled, before, began = SpillCounter(), cpu_seconds(), time.perf_counter()
+        spilled, before, began = SpillCounter(), cpu_times(), time.perf_counter()
         manifest = prepare(config, stages=stages)
         seconds = time.perf_counter() - began
-        after, spilled_bytes = cpu_seconds(), spilled.bytes()
-    used = {role: round(after[role] - before.get(role, 0.0), 2) for role in after}
+        after, spilled_bytes = cpu_times(), spilled.bytes()
     print(
         json.dumps(
             {
@@ -70,7 +78,7 @@ def main() -> None:
                 "steps": {stage.name: round(stage.seconds, 3) for stage in stages.done},
                 "rows_in": manifest.ledger[0].rows_in,
                 "rows_out": manifest.ledger[-1].rows_out,
-                "cpu_seconds": {role: value for role, value in used.items() if value >= 0},
+                "cpu_seconds": used_between(before, after),
                 "spilled_bytes": spilled_bytes,
             }
         )
