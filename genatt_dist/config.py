@@ -27,7 +27,11 @@ from genatt_dist.attention.options import (
     RecurrentAttention,
     VariationalAttention,
 )
+from genatt_dist.embedding.options import TableConfig
+from genatt_dist.evaluation.options import EvaluationConfig
+from genatt_dist.loss.options import LossConfig
 from genatt_dist.section import Section
+from genatt_dist.training.options import TrainingConfig
 
 PREFETCH_BYTES = 256 << 20
 INFERENCE = ("inference", "mc_samples", "sampling_steps", "eta", "sample_blocks")
@@ -93,74 +97,6 @@ class ModelConfig(Section):
         if self.share_map and isinstance(self.attention, RecurrentAttention):
             raise ValueError("share_map=true with attention.type=gru: there is no map to share; set share_map=false")
         return self
-
-
-class TableConfig(Section):
-    """The item table: inside the dense model, or row-wise sharded over the ranks by TorchRec."""
-
-    kind: Literal["replicated", "sharded"] = "replicated"
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field(
-        "rowwise_adagrad",
-        description="Fused optimizer of a sharded table; a replicated one shares the dense optimizer.",
-    )
-    learning_rate: float | None = Field(None, gt=0, description="Sharded table only; default: training.learning_rate.")
-    init_std: float = Field(0.02, gt=0)
-
-
-class LossConfig(Section):
-    """What is minimised for each real target."""
-
-    kind: Literal["full", "sampled", "bce"] = "full"
-    num_negatives: int = Field(256, ge=1, description="Negatives shared by the global batch (sampled).")
-    proposal: Literal["uniform", "log_uniform", "popularity"] = Field(
-        "uniform", description="Law of the negatives (sampled)."
-    )
-    chunk_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Targets whose logits exist at one time (full); default: by the catalogue's size and device.",
-    )
-
-
-class TrainingConfig(Section):
-    """How long, how fast and with which optimizer."""
-
-    epochs: int = Field(20, ge=1)
-    max_seconds: float | None = Field(
-        None, gt=0, description="Stop training at the first epoch end after this many seconds."
-    )
-    batch_sequences: int = Field(
-        256, ge=1, description="Sequences of a global batch on average; batches hold equal numbers of tokens."
-    )
-    accumulation_steps: int = Field(1, ge=1, description="Global batches summed before one update.")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta2: float = Field(0.98, gt=0, lt=1)
-    warmup: float = Field(0.02, ge=0, lt=1, description="Share of all steps over which the rates rise.")
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    final_rate: float = Field(0.1, ge=0, le=1, description="Rates at the last step as a share of their peak.")
-    gradient_clipping: float = Field(
-        0.0, ge=0, description="Norm limit of the dense gradients; 0 = off. Never reaches a sharded table."
-    )
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    patience: int = Field(5, ge=1, description="Evaluations without a better validation NDCG@10 before training stops.")
-    evaluate_every: int = Field(1, ge=1, description="Epochs between evaluations.")
-    checkpoint_every: int | None = Field(
-        None,
-        ge=1,
-        description="Updates between checkpoints inside an epoch; one is written after each evaluation anyway.",
-    )
-    seed: int = Field(0, ge=0)
-
-
-class EvaluationConfig(Section):
-    """Full ranking over the catalogue (EVALUATION protocol)."""
-
-    exclude_seen: bool = True
-    batch_users: int = Field(512, ge=1)
-    chunk_items: int = Field(65_536, ge=1, description="Items scored at one time.")
 
 
 class RunConfig(Section):

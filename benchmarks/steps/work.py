@@ -81,7 +81,7 @@ class _PlainEngine:
 def _training(variant: Variant, config: RunConfig, device: torch.device, num_items: int) -> Work:
     engine = _PlainEngine(DenseModel(config, num_items).to(device).train(), config)
     candidature = Candidature(config.loss, num_items, torch.ones(num_items + 1), device)
-    step = JointStep(config, engine, candidature, lookup=None, world_size=1, total=identity)
+    step = JointStep(config, engine, candidature, table=None, world_size=1, total=identity)
     return Work(
         run=lambda batch, draw: step([batch], draw, _GAMMA),
         inputs=lambda size: _training_batches(variant, config, size, device, num_items),

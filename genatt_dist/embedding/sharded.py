@@ -28,7 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from genatt_dist.config import TableConfig
 from genatt_dist.embedding.ranking import Query, Ranking, merge, rank_shard, target_scores
-from genatt_dist.embedding.table import check_shards, initial_rows
+from genatt_dist.embedding.table import TableShard, check_shards, initial_rows
 
 _FEATURE = "item"
 _OPTIMIZERS = {
@@ -94,6 +94,13 @@ class ShardedTable:
             for name, value in states.items()
             if hasattr(value, "local_shards") and value.local_shards()
         }
+
+    @property
+    def shards(self) -> list[TableShard]:
+        """What lies on this rank."""
+        if not len(self.rows_VD):
+            return []
+        return [TableShard(_FEATURE, self.first_row, 0, self.rows_VD, self.optimizer_state)]
 
     @property
     def _optimizer(self) -> KeyedOptimizer:

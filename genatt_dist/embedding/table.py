@@ -5,6 +5,7 @@ Row 0 is padding and is never an item. Legend: N ids, V items, D width, B users.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,21 @@ from genatt_dist.attention.noise import Purpose, derive, normal
 from genatt_dist.embedding.ranking import Query, Ranking, rank_shard, target_scores
 
 _BLOCK_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """The rectangle of a sharded table that lies on this rank, as views: writing them changes the table.
+
+    rows: [V, D] from row `first_row` and column `first_column` of table `name` on. optimizer: state of the same rows by
+    name, [V] where it has one number a row, else [V, D].
+    """
+
+    name: str
+    first_row: int
+    first_column: int
+    rows: Tensor
+    optimizer: dict[str, Tensor]
 
 
 class ItemTable(Protocol):

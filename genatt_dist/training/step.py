@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
 from genatt_dist.model.jagged import Jagged
+
+if TYPE_CHECKING:
+    from genatt_dist.embedding.sharded import ShardedTable
 
 # A chunk's block of logits: on the CPU it should stay in cache, on a GPU it should fill the device.
 _LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -143,13 +146,13 @@ class JointStep:
         config: RunConfig,
         engine: DenseEngine,
         candidature: Candidature,
-        lookup: Callable[[Tensor], Tensor] | None,
+        table: ShardedTable | None,
         world_size: int,
         total: Callable[[Tensor], Tensor],
     ) -> None:
-        """lookup: a sharded table's, or None where the dense model holds the rows. total: sums a tensor over ranks."""
+        """table: the sharded one, or None where the dense model holds the rows. total: sums a tensor over ranks."""
         self._config, self._engine = config, engine
-        self._candidature, self._lookup, self._world_size, self._total = candidature, lookup, world_size, total
+        self._candidature, self._table, self._world_size, self._total = candidature, table, world_size, total
 
     def __call__(self, batches: list[Batch], step: int, gamma: float) -> Losses:
         """Forward, backward and update; returns the update's loss shares, detached. gamma: weight of the generative
@@ -166,7 +169,7 @@ class JointStep:
         seed = self._config.training.seed
         noise = training_noise(batch, seed, draw, self._config)
         candidates = self._candidature.draw(batch, noise, seed, draw)
-        rows = self._lookup(candidates.ids) if self._lookup else None
+        rows = self._table.lookup(candidates.ids) if self._table else None
         losses = self._engine(batch, candidates, noise, rows, scale, self._total)
         self._engine.backward((losses.recommendation + gamma * losses.generative) * self._world_size)
         self._engine.step()

@@ -91,7 +91,7 @@ class Trainer:
             Candidature(
                 config.loss, self._sequences.num_items, torch.from_numpy(self._sequences.popularity[1:]), device
             ),
-            self._sharded.lookup if self._sharded else None,
+            self._sharded,
             self._world_size,
             sum_over_ranks,
         )

@@ -64,7 +64,7 @@ def by_product(config: RunConfig) -> Outcome:
         config,
         engine,
         _candidature(config, sequences),
-        table.lookup if table else None,
+        table,
         dist.get_world_size(),
         sum_over_ranks,
     )
