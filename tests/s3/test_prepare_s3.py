@@ -184,7 +184,7 @@ def test_permanent_refusal_ends_the_job(key: str, log: str, s3, faults, impatien
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("method", [pytest.param("GET", marks=pytest.mark.exhaustive), "PUT"])
 def test_permanent_refusal_keeps_the_documented_limit(method: str, log: str, s3, faults, on_ray: Callable):
     faults.fail_always(key={"GET": "log/*", "PUT": "out/shards/*"}[method])
     start = time.monotonic()
@@ -316,7 +316,7 @@ def test_stopped(stage: str, sign: signal.Signals, group: bool, log: str, s3, tm
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_secrets_are_nowhere(fails: bool, log: str, s3, faults, tmp_path: Path):
     """Neither in what is written nor in what is said, nor in Ray's own logs."""
     secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": "tests-session-token"}

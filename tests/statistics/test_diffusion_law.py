@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 50  # T
 
-every_form = pytest.mark.parametrize("form", ["factor", "matrix"])
+every_form = pytest.mark.parametrize("form", ["factor", pytest.param("matrix", marks=pytest.mark.exhaustive)])
 
 
 @every_form
