@@ -12,6 +12,7 @@ import torch
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import evaluation_batches
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.features import input_rows
 from genatt_dist.embedding.table import ItemTable
 from genatt_dist.evaluation.evaluate import Parts, sampling_context
 from genatt_dist.model.backbone import Backbone
@@ -47,7 +48,7 @@ def diagnose(
     users = max(USERS, parts.world_size)
     batches = evaluation_batches(sequences, split, config.data.max_len, users, parts.rank, parts.world_size, device)
     histories = next(iter(batches))
-    rows_ND = table.lookup(histories.items_N).to(next(backbone.parameters()).dtype)
+    rows_ND = input_rows(table, histories).to(next(backbone.parameters()).dtype)
     observed = statistics(backbone, rows_ND, sampling_context(histories, config, parts.total))
     values: dict[str, float] = {}
     vectors: dict[str, list[float]] = {}

@@ -1,24 +1,28 @@
 """Full ranking of one split: every user's target against every item, on one process or many.
 
-Legend: B users of a batch, U users of the split, V items, C cutoffs, D width.
+Legend: B users of a batch, U users of the split, V items, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.features import input_rows
 from genatt_dist.embedding.ranking import Query
 from genatt_dist.embedding.table import ItemTable
+from genatt_dist.evaluation.categories import categories_of, need_categories
+from genatt_dist.evaluation.diversity import Lists
 from genatt_dist.evaluation.metrics import CUTOFFS, metrics
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
@@ -35,10 +39,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Result:
-    """metrics by name; rank_U: rank of each target from 1 (users with a target, in shard order)."""
+    """metrics by name; rank_U: rank of each target from 1; user_U: whose, as indices in the data set, rising."""
 
     metrics: dict[str, float]
     rank_U: npt.NDArray[np.int64]
+    user_U: npt.NDArray[np.int64]
 
 
 @torch.no_grad()
@@ -58,12 +63,18 @@ def evaluate(
     device: torch.device,
     parts: Parts = Parts(),
     progress: Callable[[int], None] = lambda users: None,
+    only: Sequence[str] = (),
 ) -> Result:
     """Rank the targets of `split`. The backbone must be in evaluation mode; a sharded table needs every rank here at
     once.
+
+    only: categories; then items of any of them alone are ranked, for the users whose target is such an item. Shares of
+    the catalogue stay shares of the whole.
     """
     rank_U = torch.zeros(sequences.num_users, dtype=torch.int64, device=device)
-    shown_CV = torch.zeros((len(CUTOFFS), sequences.num_items + 1), dtype=torch.int64, device=device)
+    find = need_categories if only else categories_of
+    categories = find(sequences, config.evaluation.category_column, device)
+    lists = Lists(sequences.popularity, categories, device)
     batches = evaluation_batches(
         sequences,
         split,
@@ -74,20 +85,36 @@ def evaluate(
         device,
     )
     for histories in batches:
-        rows_ND = table.lookup(histories.items_N)
+        rows_ND = input_rows(table, histories)
         states_BD = encode(backbone, rows_ND, histories, config)
-        ranking = table.rank(
-            query(states_BD, histories, config.evaluation.exclude_seen, sequences.manifest.out_of_vocabulary),
-            max(CUTOFFS),
-            config.evaluation.chunk_items,
-        )
-        rank_U[histories.user_B] = ranking.ahead_B + 1
-        for cutoff, k in enumerate(CUTOFFS):
-            top = ranking.top_Bk[:, :k].flatten()
-            shown_CV[cutoff].index_add_(0, top, torch.ones_like(top))
+        asked = query(states_BD, histories, config.evaluation.exclude_seen, sequences.manifest.out_of_vocabulary)
+        if only:
+            assert categories is not None
+            asked = replace(asked, only=categories.filter([only], torch.zeros_like(histories.user_B)))
+        ranking = table.rank(asked, max(CUTOFFS), config.evaluation.chunk_items)
+        user_B, ahead_B, top_Bk = histories.user_B, ranking.ahead_B, ranking.top_Bk
+        if asked.only is not None:
+            counted_B = asked.only.allowed(asked.target_B)[0]
+            user_B, ahead_B, top_Bk = user_B[counted_B], ahead_B[counted_B], top_Bk[counted_B]
+        rank_U[user_B] = ahead_B + 1
+        lists.add(top_Bk)
         progress(len(states_BD))
-    ranks = parts.total(rank_U).cpu().numpy()[sequences.has_target(split)]
-    return Result(metrics(ranks, parts.total(shown_CV)[:, 1:].cpu().numpy()), ranks)
+    return result(parts.total(rank_U).cpu().numpy(), lists, parts.total, f"{split} item of {', '.join(only)}")
+
+
+def result(
+    rank_U: npt.NDArray[np.int64], lists: Lists, total: Callable[[Tensor], Tensor] = torch.Tensor.clone, what: str = ""
+) -> Result:
+    """All metrics of ranks [all users of the data set], 0 = not ranked, and of lists. Collective.
+
+    Raises GenattError, saying `what` nobody has, when no user was ranked.
+    """
+    (user_U,) = np.nonzero(rank_U)
+    if not len(user_U):
+        raise GenattError(f"no user has a {what} to be ranked: choose other categories")
+    shown_XV = lists.shown(total)
+    accuracy = metrics(rank_U[user_U], shown_XV)
+    return Result(accuracy | lists.metrics(accuracy, shown_XV, total), rank_U[user_U], user_U)
 
 
 def query(states_BD: Tensor, histories: Histories, exclude_seen: bool, never: int | None = None) -> Query:

@@ -20,9 +20,10 @@ from torch import Tensor
 from data_pipeline import format as shards
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.attention.noise import derive
+from genatt_dist.data.arrays import Ints, items_of
 from genatt_dist.data.batches import Histories
-from genatt_dist.data.row_groups import Ints
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.features import input_rows
 from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model.diagnostics import ROUNDING, own_maps, relative_entropy, resampled, total_variation
 from genatt_dist.model.jagged import Jagged
@@ -51,11 +52,18 @@ def write_maps(path: Path, trained: Trained, split: str) -> None:
     report: dict[str, Any] = {"split": split, "step": trained.step, "unit": UNIT, "num_samples": SAMPLES, "users": []}
     if len(users):
         lengths = sequences.history_end(split)[users] - sequences.offsets[users]
-        items, first = sequences.take(sequences.offsets[users], lengths + 1)  # with the target
-        end = first + lengths
+        events, first = sequences.take(sequences.offsets[users], lengths + 1)  # with the target
+        items, end = items_of(events), first + lengths
         targets = items[end]
         histories = Histories.of(
-            items, first, end, users, trained.config.data.max_len, trained.device, targets.astype(np.int64)
+            events,
+            first,
+            end,
+            users,
+            trained.config.data.max_len,
+            trained.device,
+            targets.astype(np.int64),
+            sequences.features,
         )
         item_ids, titles = _names(trained)
         drawn = _draw(trained, histories)
@@ -96,7 +104,7 @@ def choose(sequences: Sequences, split: str, max_len: int) -> Ints:
 def _draw(trained: Trained, histories: Histories) -> list[list[dict[str, Any]]]:
     """The entries of `maps` of each user."""
     context, backbone, layout = sampling_context(histories, trained.config), trained.backbone, histories.layout
-    rows_ND = trained.table.lookup(histories.items_N).to(next(backbone.parameters()).dtype)
+    rows_ND = input_rows(trained.table, histories).to(next(backbone.parameters()).dtype)
 
     def sample(number: int) -> dict[int, Tensor]:
         """Maps [U, H, n, n] by block."""

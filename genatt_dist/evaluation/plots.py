@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genatt_dist.evaluation.report_data import HEADLINE, Model, finite, metric_order, pretty
+from genatt_dist.evaluation.report_data import ACCURACY, HEADLINE, Model, finite, metric_order, pretty
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # one a block
 MOST_POINTS = 400  # of one line: more are not visible and only make the page heavy
@@ -133,16 +133,15 @@ def _dimensions(models: Sequence[Model]) -> Plot:
 
 def _results(models: Sequence[Model]) -> Iterable[Plot]:
     for title, reading, wanted in (
-        ("Test metrics", "Higher is better; every model ranks the whole catalogue for the same users.", False),
+        ("Test metrics", "Higher is better; every model ranks the whole catalogue for the same users.", ACCURACY),
         (
             "Catalogue coverage",
-            "Share of all items that anyone is recommended in the top k: low means everyone gets the same few.",
-            True,
+            "Share of all items (CC: of all categories) that anyone is recommended in the top k: low means everyone "
+            "gets the same few.",
+            ("coverage", "cc"),
         ),
     ):
-        names = sorted(
-            {n for model in models for n in model.test if n.startswith("coverage") == wanted}, key=metric_order
-        )
+        names = sorted({n for m in models for n in m.test if n.partition("@")[0] in wanted}, key=metric_order)
         traces = [
             {
                 "type": "bar",

@@ -9,8 +9,10 @@ from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import rank_rows
-from genatt_dist.evaluation.evaluate import Result, query
-from genatt_dist.evaluation.metrics import CUTOFFS, metrics
+from genatt_dist.evaluation.categories import categories_of
+from genatt_dist.evaluation.diversity import Lists
+from genatt_dist.evaluation.evaluate import Result, query, result
+from genatt_dist.evaluation.metrics import CUTOFFS
 
 
 def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> Result:
@@ -24,8 +26,10 @@ def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> 
     place = np.empty(sequences.num_items, np.float64)
     place[order] = np.arange(sequences.num_items, 0, -1)
     rows_VD = torch.from_numpy(place)[:, None]
-    ranks, shown = [], np.zeros((len(CUTOFFS), sequences.num_items + 1), np.int64)
     device = torch.device("cpu")
+    rank_U = np.zeros(sequences.num_users, np.int64)
+    categories = categories_of(sequences, config.evaluation.category_column, device)
+    lists = Lists(sequences.popularity, categories, device)
     for histories in evaluation_batches(sequences, split, 1, config.evaluation.batch_users, 0, 1, device):
         states_BD = torch.ones(len(histories.user_B), 1, dtype=torch.float64)
         ranking = rank_rows(
@@ -34,8 +38,6 @@ def evaluate_popularity(sequences: Sequences, split: str, config: RunConfig) -> 
             max(CUTOFFS),
             config.evaluation.chunk_items,
         )
-        ranks.append(ranking.ahead_B.numpy() + 1)
-        for cutoff, k in enumerate(CUTOFFS):
-            np.add.at(shown[cutoff], ranking.top_Bk[:, :k].numpy().ravel(), 1)
-    rank_U = np.concatenate(ranks)
-    return Result(metrics(rank_U, shown[:, 1:]), rank_U)
+        rank_U[histories.user_B.numpy()] = ranking.ahead_B.numpy() + 1
+        lists.add(ranking.top_Bk)
+    return result(rank_U, lists)

@@ -7,7 +7,6 @@ metrics on a console. Nothing here computes a metric: every number comes from th
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,22 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from genatt_dist.evaluation.compare import cells
+from genatt_dist.evaluation.metrics_tables import families_of, html_table, metrics_section, metrics_table
 from genatt_dist.evaluation.page import SCRIPT, STYLE
 from genatt_dist.evaluation.plots import Plot, plots
 from genatt_dist.evaluation.report_data import (
-    BASELINE,
     HEADLINE,
     Model,
     chosen_maps,
     finite,
-    metric_order,
     number,
     pretty,
     read_models,
     without_nan,
 )
-
-RATIO = f"× {BASELINE}"
 
 
 def write_report(report: dict[str, Any], runs: Mapping[str, Path], out: Path) -> None:
@@ -60,28 +56,6 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
-def metrics_table(models: Sequence[Model]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Header, and for each model its cells as (text, whether it is the best of its column)."""
-    names = sorted({name for model in models for name in model.test}, key=metric_order)
-    best = {
-        name: max((model.test[name] for model in models if finite(model.test.get(name))), default=math.nan)
-        for name in names
-    }
-    base = next((model.test.get(HEADLINE) for model in models if model.label.startswith(BASELINE)), None)
-    base = base if finite(base) and base > 0 else None
-    rows = []
-    for model in models:
-        row = [(pretty(model.label), False)]
-        for name in names:
-            value = model.test.get(name)
-            row.append((f"{value:.4f}", value == best[name]) if finite(value) else ("–", False))
-        if base is not None:
-            value = model.test.get(HEADLINE)
-            row.append((f"{value / base:.2f}×", value == best[HEADLINE]) if finite(value) else ("–", False))
-        rows.append(row)
-    return ["model", *map(pretty, names), *([RATIO] if base is not None else [])], rows
-
-
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +65,7 @@ def render(report: Mapping[str, Any], models: Sequence[Model]) -> str:
 
     figures, steps, maps = plots(models), _steps(report), chosen_maps(models)
     sections = [
-        _metrics_section(report, models),
+        metrics_section(report, models),
         _comparisons_section(report),
         _warnings_section(models),
         _plots_section("Plots", figures, 0) or "<section><h2>Plots</h2><p>No run wrote metrics to draw.</p></section>",
@@ -132,37 +106,9 @@ def _header(report: Mapping[str, Any], models: Sequence[Model]) -> str:
     )
 
 
-def _metrics_section(report: Mapping[str, Any], models: Sequence[Model]) -> str:
-    header, rows = metrics_table(models)
-    if not rows:
-        return "<section><h2>Test metrics</h2><p>The report holds no model.</p></section>"
-    note = "Best of a column in bold."
-    if RATIO in header:
-        note += f" {RATIO}: {pretty(HEADLINE)} over {BASELINE}'s."
-    scored = [(model.test["recall@10"], model.users) for model in models if finite(model.test.get("recall@10"))]
-    highest, users = max(((recall, users) for recall, users in scored if users), default=(0.0, None))
-    if users:
-        error = math.sqrt(highest * (1 - highest) / users)
-        paired = "below" if _families(report) else "of `genatt compare`"
-        note += (
-            f" Over the {users:,} users evaluated the standard error of a Recall@10 of {highest:.3f} is about "
-            f"{error:.4f}. That is unpaired, of one model by itself: whether two models differ, the paired comparison "
-            f"{paired} says, and more seeds."
-        )
-    header.insert(1, "seed")
-    for model, row in zip(models, rows, strict=True):
-        row.insert(1, (number(model.seed), False))
-    return f'<section><h2>Test metrics</h2>{_table(header, rows)}<p class="muted">{escape(note)}</p></section>'
-
-
-def _families(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The families of paired comparisons that hold any."""
-    return [family for family in (report.get("comparisons") or {}).get("families", []) if family["rows"]]
-
-
 def _comparisons_section(report: Mapping[str, Any]) -> str:
     """A table for each family and metric; those of other metrics than the first are folded."""
-    families = _families(report)
+    families = families_of(report)
     if not families:
         return ""
     comparisons = report["comparisons"]
@@ -178,7 +124,7 @@ def _comparisons_section(report: Mapping[str, Any]) -> str:
                 for row in family["rows"]
                 if row["metric"] == metric
             ]
-            table = _table(["model", "against", pretty(metric), *names], rows)
+            table = html_table(["model", "against", pretty(metric), *names], rows)
             parts.append(f"<details><summary>{escape(pretty(metric))}</summary>{table}</details>" if index else table)
     note = (
         f"Paired by user on {comparisons['split']}: {bootstrap['resamples']:,} bootstrap resamples of users. p (Holm): "
@@ -249,7 +195,7 @@ def _training_section(models: Sequence[Model]) -> str:
         return ""
     keys = list(dict.fromkeys(key for model in trained for key in model.train))
     rows = [[(pretty(m.label), False), *((number(m.train.get(key)), False) for key in keys)] for m in trained]
-    return f"<section><h2>Training</h2>{_table(['model', *map(pretty, keys)], rows)}</section>"
+    return f"<section><h2>Training</h2>{html_table(['model', *map(pretty, keys)], rows)}</section>"
 
 
 def _environment_section(models: Sequence[Model]) -> str:
@@ -267,17 +213,6 @@ def _environment_section(models: Sequence[Model]) -> str:
         "<section><h2>Environment</h2><details><summary>Versions and hardware of these runs</summary>"
         f'<div class="scroll"><table class="facts"><tbody>{"".join(rows)}</tbody></table></div></details></section>'
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool]]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(
-        f"<tr><th>{escape(row[0][0])}</th>"
-        + "".join(f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

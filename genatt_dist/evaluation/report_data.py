@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,20 @@ from typing import Any, TypeGuard
 
 BASELINE = "popularity"
 HEADLINE = "ndcg@10"
+
+ACCURACY = ("recall", "ndcg", "mrr")
+# How a metric is written, in the order of tables.
+METRICS = {
+    "recall": "Recall",
+    "ndcg": "NDCG",
+    "mrr": "MRR",
+    "coverage": "Coverage",
+    "cc": "CC",
+    "f": "F",
+    "ild": "ILD",
+    "gini": "Gini",
+    "novelty": "Novelty",
+}
 
 # One colour a model on every plot, readable on light and dark; models not named here take the spare ones in order.
 COLOURS = {
@@ -154,17 +167,27 @@ def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 def pretty(name: str) -> str:
     """A key as a reader writes it: ndcg@10 → NDCG@10, dot_product → dot product, zero_stage → ZeRO stage."""
-    for key, text in {"ndcg": "NDCG", "mrr": "MRR", "recall": "Recall", "coverage": "Coverage"}.items():
-        if re.fullmatch(rf"{key}(@.*)?", name):
-            return text + name[len(key) :]
+    metric, at, k = name.partition("@")
+    if metric in METRICS:
+        return METRICS[metric] + at + k
     return name.replace("sequences_per_second", "sequences/s").replace("zero_stage", "ZeRO stage").replace("_", " ")
 
 
 def metric_order(name: str) -> tuple[int, str, int]:
-    """Sorts metrics as a reader expects them: recall, NDCG, MRR, coverage, each by its cutoff."""
+    """Sorts metrics as a reader expects them: as METRICS, each by its cutoff."""
     metric, _, k = name.partition("@")
-    order = ("recall", "ndcg", "mrr", "coverage")
+    order = list(METRICS)
     return (order.index(metric) if metric in order else len(order), metric, int(k) if k.isdigit() else 0)
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a metric says how well targets are ranked, not what the lists hold."""
+    return name.partition("@")[0] in ACCURACY
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether the smallest value of a metric is the best."""
+    return name.partition("@")[0] == "gini"
 
 
 def number(value: Any) -> str:

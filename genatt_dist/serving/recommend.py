@@ -4,8 +4,8 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,12 @@ import torch
 from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
 from data_pipeline.hashing import hash64
+from genatt_dist.data.arrays import Events, Ints, timed
 from genatt_dist.data.batches import Histories
-from genatt_dist.data.row_groups import Ints, Items
+from genatt_dist.data.context import seconds_of_column
+from genatt_dist.embedding.features import input_rows
+from genatt_dist.embedding.ranking import Query
+from genatt_dist.evaluation.categories import need_categories
 from genatt_dist.evaluation.evaluate import encode, query
 from genatt_dist.serving.trained import Trained
 
@@ -30,20 +34,24 @@ class Requests:
 
     take: slices (starts, lengths) as (items, first), see `Sequences.take`.
     key_U: what a user's noise hangs on: its index in the data set, so that any file of users gives it the same list;
-    of raw histories a hash of its id. notes: what was skipped, one line each.
+    of raw histories a hash of its id. notes: what was skipped, one line each. groups: the different choices of
+    categories; user i made groups[group_U[i]], an empty one is none.
     """
 
     user_ids: pl.Series
-    take: Callable[[Ints, Ints], tuple[Items, Ints]]
+    take: Callable[[Ints, Ints], tuple[Events, Ints]]
     first: Ints
     end: Ints
     key_U: Ints
     notes: list[str]
+    wanted: pl.Series | None = None
 
 
-def read_requests(path: Path, trained: Trained) -> Requests:
+def read_requests(path: Path, trained: Trained, category_column: str | None = None) -> Requests:
     """Read who asks. A file with the data's item column holds raw histories (in time order: by the time column if it
     has one, else by row); without it, users the model was trained on.
+
+    category_column: of the file, text or lists of text: a user wants items of any category in the user's rows.
     """
     names = trained.sequences.manifest.config
     user, item, time = str(names["user_column"]), str(names["item_column"]), names.get("time_column")
@@ -55,7 +63,7 @@ def read_requests(path: Path, trained: Trained) -> Requests:
     if not table.height:
         raise GenattError(f"{path} has no rows: nobody to recommend to")
     if item in table.columns:
-        return _histories(
+        requests = _histories(
             table.select(
                 pl.col(user).alias("user"),
                 pl.col(item).alias("item"),
@@ -64,20 +72,31 @@ def read_requests(path: Path, trained: Trained) -> Requests:
             path,
             trained,
         )
-    return _known(table[user].unique(maintain_order=True), path, trained)
+    else:
+        requests = _known(table[user].unique(maintain_order=True), path, trained)
+    if category_column is None:
+        return requests
+    return replace(requests, wanted=_wanted(table, path, user, category_column, requests.user_ids))
 
 
 def recommend(
-    trained: Trained, requests: Requests, k: int, progress: Callable[[int], None] = lambda users: None
+    trained: Trained,
+    requests: Requests,
+    k: int,
+    progress: Callable[[int], None] = lambda users: None,
+    only: Sequence[str] = (),
 ) -> pl.DataFrame:
     """k rows a user: user_id, rank (from 1), item_id (original), score. Items in the history are left out if
     evaluation did so.
+
+    only: categories; lists hold items of any of them, or of those that the user's own request names instead.
     """
     if not 1 <= k <= trained.sequences.num_items:
         raise GenattError(f"k={k} is not between 1 and the catalogue's {trained.sequences.num_items} items")
     vocabulary = shards.read_vocabulary(trained.config.data.path, trained.sequences.manifest)
     original = pl.DataFrame(vocabulary.select(["dense_id", "item_id"])).sort("dense_id")["item_id"]
     evaluation = trained.config.evaluation
+    restrict = _restriction(trained, requests, only)
     parts = []
     for low in range(0, len(requests.user_ids), evaluation.batch_users):
         here = slice(low, low + evaluation.batch_users)
@@ -91,15 +110,13 @@ def recommend(
             requests.key_U[here],
             trained.config.data.max_len,
             trained.device,
+            features=trained.sequences.features,
         )
         with torch.no_grad():
-            rows_ND = trained.table.lookup(histories.items_N)
+            rows_ND = input_rows(trained.table, histories)
             states_BD = encode(trained.backbone, rows_ND, histories, trained.config)
-            ranking = trained.table.rank(
-                query(states_BD, histories, evaluation.exclude_seen, trained.sequences.manifest.out_of_vocabulary),
-                k,
-                evaluation.chunk_items,
-            )
+            asked = query(states_BD, histories, evaluation.exclude_seen, trained.sequences.manifest.out_of_vocabulary)
+            ranking = trained.table.rank(restrict(asked, here), k, evaluation.chunk_items)
         score = ranking.score_Bk.cpu().numpy().ravel()
         dense = ranking.top_Bk.cpu().numpy().ravel()
         part = pl.DataFrame(
@@ -114,6 +131,31 @@ def recommend(
         parts.append(part.filter(pl.Series(np.isfinite(score) & (dense > 0))).drop_nulls("item_id"))
         progress(len(rows))
     return pl.concat(parts)
+
+
+def _restriction(trained: Trained, requests: Requests, only: Sequence[str]) -> Callable[[Query, slice], Query]:
+    """What gives the query of some of the users the filter of their categories."""
+    if requests.wanted is None and not only:
+        return lambda asked, users: asked
+    column, device = trained.config.evaluation.category_column, trained.device
+    categories = need_categories(trained.sequences, column, device)
+    own = requests.wanted
+    if own is None:
+        own = pl.Series([[]], dtype=pl.List(pl.String)).new_from_index(0, len(requests.user_ids))
+    chosen = own.to_frame("names").with_columns(pl.col("names").list.unique().list.sort())
+    groups = chosen.unique(maintain_order=True).with_row_index("group")
+    group_U = chosen.join(groups, on="names", how="left", maintain_order="left")["group"].to_numpy().astype(np.int64)
+    names = [list(group or only) for group in groups["names"].to_list()]
+    for name in {name for group in names for name in group}:
+        categories.index(name)  # refused before anybody is ranked
+
+    def restrict(asked: Query, users: slice) -> Query:
+        present, group_B = np.unique(group_U[users], return_inverse=True)
+        return replace(
+            asked, only=categories.filter([names[group] for group in present.tolist()], torch.from_numpy(group_B))
+        )
+
+    return restrict
 
 
 def write(table: pl.DataFrame, out: Path) -> None:
@@ -187,22 +229,40 @@ def _histories(table: pl.DataFrame, path: Path, trained: Trained) -> Requests:
     kept = joined.drop_nulls("dense_id")
     if "time" in kept.columns:
         kept = kept.sort("time", maintain_order=True)
-    lists = kept.group_by("user", maintain_order=True).agg("dense_id").sort("user")
+    together = [name for name in ("dense_id", "time") if name in kept.columns]
+    lists = kept.group_by("user", maintain_order=True).agg(together).sort("user")
     if not lists.height:
         raise GenattError(f"{path}: none of its items is in the vocabulary of {sequences.manifest.name}")
     users = table["user"].unique(maintain_order=True)
     lost = users.filter(~users.is_in(lists["user"].implode()))
     end = np.cumsum(lists["dense_id"].list.len().to_numpy().astype(np.int64))
     notes = [_note(unknown, "items", "are not in the vocabulary"), _note(lost, "users", "have no known item")]
-    items = lists["dense_id"].explode().to_numpy()
+    events: Events = lists["dense_id"].explode().to_numpy()
+    if sequences.features.contexts and "time" in lists.columns:
+        events = timed(events, seconds_of_column(lists["time"].explode(), sequences.manifest.time_unit, str(path)))
     return Requests(
         lists["user"],
-        lambda starts, lengths: (items, starts),
+        lambda starts, lengths: (events, starts),
         np.concatenate(([0], end[:-1])),
         end,
         hash64(lists["user"].to_arrow().cast(_id_type(lists["user"]))).view(np.int64),
         [note for note in notes if note],
     )
+
+
+def _wanted(table: pl.DataFrame, path: Path, user: str, column: str, users: pl.Series) -> pl.Series:
+    """The categories in the column for each of the users: list<string>."""
+    if column not in table.columns:
+        raise GenattError(f"{path} has no column {column}: it has {', '.join(table.columns)}; name one that it has")
+    kind = table.schema[column]
+    if not isinstance(kind.inner if isinstance(kind, pl.List) else kind, pl.String | pl.Categorical):
+        raise GenattError(f"{path}: column {column} holds {kind}: categories are text, or lists of text")
+    rows = table.select(pl.col(user).alias("user").cast(users.dtype), pl.col(column).alias("wanted"))
+    rows = (rows.explode("wanted") if isinstance(kind, pl.List) else rows).cast({"wanted": pl.String}).drop_nulls()
+    chosen = users.to_frame("user").join(
+        rows.group_by("user").agg("wanted"), on="user", how="left", maintain_order="left"
+    )
+    return chosen["wanted"].fill_null([])
 
 
 def _id_type(ids: pl.Series) -> pa.DataType:

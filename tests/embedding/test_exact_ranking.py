@@ -1,10 +1,12 @@
 """Ranks and the best k are those of a plain sort over the catalogue, however it is cut into shards and chunks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from genatt_dist.embedding.ranking import Query, Ranking, merge, rank_shard, target_scores
+from genatt_dist.embedding.ranking import Filter, Query, Ranking, merge, rank_shard, target_scores
 
 B, V, D, K = 9, 23, 3, 6
 
@@ -27,14 +29,14 @@ def case(seed: int, exclude_seen: bool = True) -> tuple[Query, torch.Tensor]:
     return Query(states, row, item, targets), rows
 
 
-def ranked(query: Query, rows: torch.Tensor, shards: int, chunk: int) -> Ranking:
+def ranked(query: Query, rows: torch.Tensor, shards: int, chunk: int, k: int = K) -> Ranking:
     """What every rank of `shards` does, and how the parts are put together."""
     parts = rows.tensor_split(shards)
     firsts = [1 + sum(len(part) for part in parts[:index]) for index in range(shards)]
     pairs = list(zip(parts, firsts, strict=True))
     score = torch.stack([target_scores(query, part, first) for part, first in pairs]).amax(0)
-    found = [rank_shard(query, part, first, score, K, chunk) for part, first in pairs]
-    best, ids = merge(torch.cat([one.score_Bk for one in found], 1), torch.cat([one.top_Bk for one in found], 1), K)
+    found = [rank_shard(query, part, first, score, k, chunk) for part, first in pairs]
+    best, ids = merge(torch.cat([one.score_Bk for one in found], 1), torch.cat([one.top_Bk for one in found], 1), k)
     return Ranking(torch.stack([one.ahead_B for one in found]).sum(0), ids, best)
 
 
@@ -42,8 +44,22 @@ def sorted_catalogue(query: Query, rows: torch.Tensor) -> tuple[np.ndarray, np.n
     """For each user the ids by (score falling, id), and their scores, from a full sort in NumPy."""
     scores = query.states_BD.numpy().astype(np.float64) @ rows.numpy().T.astype(np.float64)
     scores[query.seen_row_S.numpy(), query.seen_item_S.numpy() - 1] = -np.inf
+    if query.only is not None:
+        scores[~query.only.allowed(torch.arange(1, V + 1))[query.only.group_B].numpy()] = -np.inf
     order = np.stack([np.lexsort((np.arange(V), -row)) for row in scores])
     return order + 1, np.take_along_axis(scores, order, 1)
+
+
+def assert_sorted(found: Ranking, query: Query, rows: torch.Tensor, k: int = K) -> None:
+    """Ranks, lists and scores are those of the full sort; a list ends in id 0 where nothing is left."""
+    ids, scores = sorted_catalogue(query, rows)
+    ahead = [int(np.flatnonzero(ids[user] == target)[0]) for user, target in enumerate(query.target_B.tolist())]
+    assert found.ahead_B.tolist() == ahead
+    more = max(0, k - V)
+    scores = np.pad(scores, ((0, 0), (0, more)), constant_values=-np.inf)[:, :k]
+    ids = np.where(scores == -np.inf, 0, np.pad(ids, ((0, 0), (0, more)))[:, :k])
+    assert np.array_equal(found.score_Bk.numpy(), scores)
+    assert np.array_equal(found.top_Bk.numpy(), ids)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -52,16 +68,46 @@ def sorted_catalogue(query: Query, rows: torch.Tensor) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("chunk", [1, 4, V, 3 * V])
 def test_equals_a_plain_sort(seed: int, exclude_seen: bool, shards: int, chunk: int) -> None:
     query, rows = case(seed, exclude_seen)
+    assert_sorted(ranked(query, rows, shards, chunk), query, rows)
+
+
+@pytest.mark.parametrize("k", [1, V, V + 7])
+@pytest.mark.parametrize("chunk", [1, 4, 3 * V])
+def test_lists_of_any_length(k: int, chunk: int) -> None:
+    query, rows = case(2)
+    assert_sorted(ranked(query, rows, 3, chunk, k), query, rows, k)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_among_equal_scores_the_smaller_id_comes_first(zero: float) -> None:
+    """Where all scores are equal nothing else decides, zeros of either sign among them."""
+    query, rows = case(0)
+    rows = torch.where(torch.arange(V)[:, None] % 2 == 0, zero, 0.0).expand(V, D)
+    for chunk in (3, 2 * V):
+        assert_sorted(ranked(query, rows, 2, chunk), query, rows)
+
+
+@pytest.mark.parametrize("shards", [1, 3, V + 2])
+@pytest.mark.parametrize("chunk", [1, 5, V])
+def test_a_filter_leaves_only_what_a_group_may_have(shards: int, chunk: int) -> None:
+    """Group 0 may have every third item, group 1 all of them, group 2 none, group 3 a single one."""
+    query, rows = case(3)
+
+    def allowed(ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack((ids % 3 == 0, ids > 0, ids < 0, ids == 7))
+
+    query = replace(query, only=Filter(torch.arange(B) % 4, allowed))
     found = ranked(query, rows, shards, chunk)
-    ids, scores = sorted_catalogue(query, rows)
-    ahead = [int(np.flatnonzero(ids[user] == target)[0]) for user, target in enumerate(query.target_B.tolist())]
-    assert found.ahead_B.tolist() == ahead
-    assert np.array_equal(found.score_Bk.numpy(), scores[:, :K])
-    for user in range(B):  # equal scores may stand in any order, but each id has its score and stands there once
-        listed = [item for item in found.top_Bk[user].tolist() if item]
-        position = {int(item): place for place, item in enumerate(ids[user])}
-        assert [scores[user, position[item]] for item in listed] == scores[user, : len(listed)].tolist()
-        assert len(listed) == len(set(listed)) == min(K, int(np.isfinite(scores[user]).sum()))
+    assert_sorted(found, query, rows)
+    assert found.top_Bk[2].tolist() == [0] * K
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_scored_in_that_of_the_states(dtype: torch.dtype) -> None:
+    query, rows = case(4)  # small whole numbers: exact in all of them
+    found = ranked(query, rows.to(dtype), 2, 7)
+    assert found.score_Bk.dtype == torch.float32
+    assert_sorted(found, query, rows)
 
 
 def test_a_target_that_was_seen_is_missed() -> None:

@@ -1,5 +1,6 @@
 """What an evaluation leaves beside the run says the same thing everywhere."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tiny_data import histories
+from category_data import add_genres
+from tiny_data import NUM_ITEMS, histories
 
 from data_pipeline.errors import GenattError
+from data_pipeline.format import manifest_hash
 from genatt_dist.evaluation.metrics import CUTOFFS
 from genatt_dist.evaluation.run import evaluate_run
 
@@ -28,12 +31,50 @@ def test_files_are_consistent_with_the_metrics(split: str, trained_run: Path) ->
     assert report["metrics"]["mrr"] == pytest.approx((1 / rank).mean())
     assert report["protocol"]["ranking"] == "full catalogue"
     assert report["protocol"]["k_core"] == "users >= 1, items >= 1"
+    assert report["protocol"]["categories"] == "none"
+    assert "no CC, F and ILD" in report["notes"][0]
 
 
 def test_the_best_checkpoint_ranks_as_it_did_while_training(trained_run: Path) -> None:
     summary = json.loads((trained_run / "summary.json").read_text())["valid"]
     found = evaluate_run(trained_run, "valid")["metrics"]
     assert found == pytest.approx(summary, rel=1e-5)
+
+
+def test_an_evaluation_of_some_categories_has_files_of_its_own(
+    trained_run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """A run on data with genres: here the run of plain data, told that its data have them."""
+    data = Path(shutil.copytree(prepared, tmp_path / "data"))
+    add_genres(data, NUM_ITEMS)
+    run = relabelled(trained_run, prepared, data, tmp_path / "run")
+    whole = evaluate_run(run, "test")
+    assert whole["notes"] == []
+    assert whole["protocol"]["categories"] == "5 of genres"
+    report = evaluate_run(run, "test", only=["Sci-Fi/Space", "War"])
+    name = "test,category=Sci-Fi_Space,category=War"
+    assert json.loads((run / f"evaluation-{name}.json").read_text()) == report
+    assert 0 < report["users"] == pl.read_parquet(run / f"ranks-{name}.parquet").height < whole["users"]
+    assert report["protocol"]["only"] == "category=Sci-Fi/Space, category=War"
+    assert json.loads((run / "evaluation-test.json").read_text()) == whole
+
+
+def relabelled(run: Path, before: Path, data: Path, to: Path) -> Path:
+    """A copy of the run whose checkpoints and configuration say that it was trained on `data`."""
+    shutil.copytree(run, to)
+    old, new = manifest_hash(str(before)), manifest_hash(str(data))
+    for folder in (to / "checkpoints").iterdir():
+        changed = {}
+        for file in folder.glob("*.json"):
+            content = file.read_text()
+            if old in content:
+                file.write_text(content.replace(old, new))
+                changed[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        complete = json.loads((folder / "COMPLETE").read_text())
+        (folder / "COMPLETE").write_text(json.dumps(complete | changed))
+    config = to / "config.yaml"
+    config.write_text(config.read_text().replace(str(before), str(data)))
+    return to
 
 
 def test_other_data_than_it_was_trained_on_is_refused(trained_run: Path, prepared: Path, tmp_path: Path) -> None:

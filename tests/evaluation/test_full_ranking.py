@@ -1,13 +1,16 @@
 """Evaluation of a model, and of popularity, equals scoring every user by hand and sorting."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_data import run_config
+from category_data import add_genres, diversity_by_loops
+from tiny_data import NUM_ITEMS, run_config
 
+from data_pipeline.errors import GenattError
 from genatt_dist.config import RunConfig
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
@@ -45,22 +48,36 @@ def history_of(sequences: Sequences, user: int) -> np.ndarray:
     return sequences.take(sequences.offsets[[user]], sequences.lengths[[user]])[0]
 
 
-def brute_force(scores_UV: np.ndarray, sequences: Sequences, split: str, exclude_seen: bool) -> Result:
+def brute_force(
+    scores_UV: np.ndarray,
+    sequences: Sequences,
+    split: str,
+    exclude_seen: bool,
+    sets: dict[int, set[str]] | None = None,
+    only: set[str] | None = None,
+) -> Result:
     """Ranks and metrics from all scores [U, V] by loops."""
-    ranks, shown = [], np.zeros((len(CUTOFFS), sequences.num_items), int)
+    ranks, users, lists, shown = [], [], [], np.zeros((len(CUTOFFS), sequences.num_items), int)
     for user in np.flatnonzero(sequences.has_target(split)):
         history = history_of(sequences, user).tolist()
         held_out = {"valid": 2, "test": 1}[split]
         target, known = history[-held_out], history[:-held_out]
+        if only and sets and not sets[target] & only:
+            continue
         scores = {item: float(scores_UV[user, item - 1]) for item in range(1, sequences.num_items + 1)}
         for item in known if exclude_seen else []:
             scores[item] = -np.inf
+        for item in scores if only and sets else []:
+            scores[item] = scores[item] if sets[item] & only else -np.inf
         order = sorted(scores, key=lambda item: (-scores[item], item))
         ranks.append(order.index(target) + 1)
+        users.append(user)
+        lists.append([item for item in order[: max(CUTOFFS)] if scores[item] > -np.inf])
         for index, k in enumerate(CUTOFFS):
-            listed = [item for item in order[:k] if scores[item] > -np.inf]
-            shown[index, np.array(listed, int) - 1] += 1
-    return Result(metrics(np.array(ranks), shown), np.array(ranks))
+            shown[index, np.array(lists[-1][:k], int) - 1] += 1
+    accuracy = metrics(np.array(ranks), shown)
+    diversity = diversity_by_loops(lists, sequences.popularity.tolist(), accuracy, sets)
+    return Result(accuracy | diversity, np.array(ranks), np.array(users))
 
 
 def scores_by_hand(model: DenseModel, sequences: Sequences, split: str, max_len: int) -> np.ndarray:
@@ -126,8 +143,58 @@ def test_batches_and_chunks_change_nothing(
     assert found.metrics == expected.metrics
 
 
-def test_parts_of_a_split_add_up_to_the_whole(model: DenseModel, sequences: Sequences, prepared: Path) -> None:
+@pytest.fixture(scope="module")
+def labelled(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sequences, dict[int, set[str]]]:
+    """The same data with genres in the vocabulary, and those of each item."""
+    path = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("labelled") / "tiny"))
+    sets = add_genres(path, NUM_ITEMS)
+    return Sequences.read(str(path)), sets
+
+
+@every_split
+def test_metrics_of_categories_equal_loops(
+    split: str, model: DenseModel, labelled: tuple[Sequences, dict[int, set[str]]], prepared: Path
+) -> None:
+    sequences, sets = labelled
+    found = ranked(model, sequences, split, run_config(prepared))
+    expected = brute_force(scores_by_hand(model, sequences, split, 8), sequences, split, True, sets)
+    assert {"cc@10", "f@10", "ild@10"} <= found.metrics.keys()
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-9)
+    popular = evaluate_popularity(sequences, split, run_config(prepared)).metrics
+    assert popular.keys() == found.metrics.keys()
+
+
+@pytest.mark.parametrize("only", [("Drama",), ("War", "Sci-Fi/Space")])
+def test_categories_alone_are_ranked_for_those_whose_target_is_one(
+    only: tuple[str, ...], model: DenseModel, labelled: tuple[Sequences, dict[int, set[str]]], prepared: Path
+) -> None:
+    sequences, sets = labelled
+    found = ranked(model, sequences, "test", run_config(prepared), only=only)
+    scores = scores_by_hand(model, sequences, "test", 8)
+    expected = brute_force(scores, sequences, "test", True, sets, set(only))
+    assert 0 < len(found.rank_U) < sequences.has_target("test").sum()
+    assert found.user_U.tolist() == expected.user_U.tolist()
+    assert found.rank_U.tolist() == expected.rank_U.tolist()
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-9)
+
+
+def test_categories_that_no_target_has_are_refused(
+    model: DenseModel, labelled: tuple[Sequences, dict[int, set[str]]], sequences: Sequences, prepared: Path
+) -> None:
+    of_nobody = replace(labelled[0], test=np.where(np.arange(labelled[0].num_users) == 5, 1, -1).astype(np.int32))
+    target = int(history_of(of_nobody, 5)[1])
+    absent = next(name for name in ("War", "Drama", "Comedy", "Western") if name not in labelled[1][target])
+    with pytest.raises(GenattError, match=f"no user has a test item of {absent} to be ranked: choose other"):
+        ranked(model, of_nobody, "test", run_config(prepared), only=[absent])
+    with pytest.raises(GenattError, match="has no column that is plainly categories"):
+        ranked(model, sequences, "test", run_config(prepared), only=["War"])
+
+
+def test_parts_of_a_split_add_up_to_the_whole(
+    model: DenseModel, labelled: tuple[Sequences, dict[int, set[str]]], prepared: Path
+) -> None:
     """What every rank counts is summed: here the parts are run in turn and their sums put in afterwards."""
+    sequences, _ = labelled
     config = run_config(prepared)
     sums: dict[int, torch.Tensor] = {}
 
@@ -143,9 +210,8 @@ def test_parts_of_a_split_add_up_to_the_whole(model: DenseModel, sequences: Sequ
 
         return Parts(rank, 3, total)
 
-    with np.errstate(divide="ignore"):  # of users that other parts ranked
-        for rank in range(3):
-            ranked(model, sequences, "valid", config, parts=collect(rank, None))
+    for rank in range(3):
+        ranked(model, sequences, "valid", config, parts=collect(rank, None))
     found = ranked(model, sequences, "valid", config, parts=collect(1, sums))
     expected = ranked(model, sequences, "valid", config)
     assert found.rank_U.tolist() == expected.rank_U.tolist()

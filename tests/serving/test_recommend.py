@@ -1,5 +1,6 @@
 """Lists of items for known users and for raw histories: the best unseen ones, and a word about what was skipped."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from tiny_data import histories, run_config
+from category_data import GENRES, add_genres
+from tiny_data import NUM_ITEMS, histories, run_config
 
 from data_pipeline.errors import GenattError
 from genatt_dist.data.sequences import Sequences
@@ -224,6 +226,68 @@ def test_a_file_that_cannot_be_read_is_named(
     with pytest.raises(GenattError, match=message) as caught:
         read_requests(tmp_path / name, trained)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def labelled(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, dict[int, set[str]]]:
+    """A model of data with genres, and the genres by original id."""
+    path = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("labelled") / "tiny"))
+    sets = add_genres(path, NUM_ITEMS)
+    trained = make(path)
+    return trained, {word: sets[dense] for dense, word in dense_words(trained).items()}
+
+
+def best_of(whole: list[int], sets: dict[int, set[str]], wanted: set[str], k: int) -> list[int]:
+    """The first k of a list of all items that have one of the categories wanted; of any where none is."""
+    return [item for item in whole if not wanted or sets[item] & wanted][:k]
+
+
+@pytest.mark.parametrize("only", [["Drama"], ["War", "Sci-Fi/Space"], list(GENRES)])
+def test_lists_of_categories_are_what_is_left_of_whole_lists(
+    only: list[str], labelled: tuple[Trained, dict[int, set[str]]], save: Save
+) -> None:
+    trained, sets = labelled
+    requests = read_requests(save("u.csv", user_id=[103, 110, 120, 141]), trained)
+    whole = lists_of(recommend(trained, requests, NUM_ITEMS))
+    for k in (4, NUM_ITEMS):  # fewer than asked for where no more have one
+        found = lists_of(recommend(trained, requests, k, only=only))
+        assert found == {user: best_of(items, sets, set(only), k) for user, items in whole.items()}
+
+
+@pytest.mark.parametrize("kind", ["users", "histories"])
+@pytest.mark.parametrize("only", [[], ["Comedy"]])
+def test_each_request_may_name_its_categories(
+    kind: str, only: list[str], labelled: tuple[Trained, dict[int, set[str]]], save: Save
+) -> None:
+    """In rows or in lists; who names none gets what is asked for all."""
+    trained, sets = labelled
+    wanted: dict[int, list[str | None]] = {103: ["War"], 110: [None], 120: ["Drama", "Western"], 141: ["War"]}
+    if kind == "users":
+        pairs = [(user, name) for user, names in wanted.items() for name in names]
+        path = save("u.csv", user_id=[user for user, _ in pairs], wanted=[name for _, name in pairs])
+    else:
+        log = log_of([user - 100 for user in wanted])
+        path = save("h.parquet", **log, wanted=[[name for name in wanted[user] if name] for user in log["user_id"]])
+    requests = read_requests(path, trained, "wanted")
+    whole = lists_of(recommend(trained, read_requests(path, trained), NUM_ITEMS))
+    found = lists_of(recommend(trained, requests, 5, only=only))
+    for user, items in whole.items():
+        own = {name for name in wanted[user] if name} or set(only)
+        assert found.get(user, []) == best_of(items, sets, own, 5)
+
+
+def test_categories_that_cannot_be_served_are_one_line(
+    trained: Trained, labelled: tuple[Trained, dict[int, set[str]]], save: Save
+) -> None:
+    path = save("u.csv", user_id=[105], number=[3], wanted=["Darma"])
+    with pytest.raises(GenattError, match=r"has no column genre: it has user_id, number, wanted"):
+        read_requests(path, labelled[0], "genre")
+    with pytest.raises(GenattError, match=r"column number holds Int64: categories are text"):
+        read_requests(path, labelled[0], "number")
+    with pytest.raises(GenattError, match=r"'Darma' is not among the 5 of column genres: did you mean 'Drama'"):
+        recommend(labelled[0], read_requests(path, labelled[0], "wanted"), 3)
+    with pytest.raises(GenattError, match=r"has no column that is plainly categories"):
+        recommend(trained, read_requests(path, trained), 3, only=["Drama"])
 
 
 @pytest.mark.parametrize("k", [0, -1, 41])
