@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genatt_dist.section import Section
 
@@ -12,13 +12,44 @@ from genatt_dist.section import Section
 class LossConfig(Section):
     """What is minimised for each real target."""
 
-    kind: Literal["full", "sampled", "bce"] = "full"
-    num_negatives: int = Field(256, ge=1, description="Negatives shared by the global batch (sampled).")
-    proposal: Literal["uniform", "log_uniform", "popularity"] = Field(
-        "uniform", description="Law of the negatives (sampled)."
+    kind: Literal["full", "sampled", "bce", "gbce"] = "full"
+    num_negatives: int = Field(256, ge=1, description="K: negatives of a target (sampled, gbce).")
+    proposal: Literal["uniform", "log_uniform", "popularity", "in_batch"] = Field(
+        "uniform", description="Law of the negatives (sampled); in_batch: the targets of the global batch, all of them."
     )
+    shared: bool | None = Field(
+        None,
+        description="One set of negatives for the global batch, or own ones for each target (sampled, gbce); "
+        "default: shared for sampled, own for gbce.",
+    )
+    logq: bool = Field(True, description="Correct the scores of negatives by their expected counts (sampled).")
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="t of gbce: 0 is binary cross-entropy, 1 has calibrated probabilities."
+    )
+    temperature: float = Field(1.0, gt=0, description="τ: losses are taken of scores/τ. Ranking does not depend on it.")
     chunk_tokens: int | None = Field(
         None,
         ge=1,
         description="Targets whose logits exist at one time (full); default: by the catalogue's size and device.",
     )
+
+    @property
+    def shares_negatives(self) -> bool:
+        """Whether the targets of a global batch have the same negatives (bce: never)."""
+        if self.kind == "bce":
+            return False
+        return self.kind == "sampled" if self.shared is None else self.shared
+
+    @model_validator(mode="after")
+    def _possible(self) -> LossConfig:
+        if self.proposal == "in_batch" and self.kind == "sampled" and self.shared is False:
+            raise ValueError(
+                "proposal=in_batch with shared=false: the targets of the batch are the same negatives for all; use "
+                "shared=true, or proposal=popularity"
+            )
+        if self.kind == "gbce" and self.proposal != "uniform":
+            raise ValueError(
+                f"kind=gbce with proposal={self.proposal}: its calibration assumes uniform negatives; use "
+                "proposal=uniform, or kind=sampled"
+            )
+        return self

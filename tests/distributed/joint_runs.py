@@ -22,6 +22,7 @@ from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.sharded import ShardedTable
+from genatt_dist.embedding.summed import Catalogue
 from genatt_dist.embedding.table import initial_rows
 from genatt_dist.loss.objective import Candidature
 from genatt_dist.model.context import identity
@@ -36,19 +37,21 @@ _EPS = 1e-8  # of row-wise Adagrad
 @dataclass(frozen=True)
 class Outcome:
     """What the updates left: losses (of the recommendation and of generation) [STEPS, 2], dense parameters and buffers
-    by name, and all rows of the table.
+    by name, all rows of the table, and the state of a sharded table's optimizer (no rows where it has none).
     """
 
     losses: npt.NDArray[np.float32]
     dense: dict[str, npt.NDArray[np.float32]]
     table: npt.NDArray[np.float32]
+    state: npt.NDArray[np.float32]
 
     def difference(self, other: Outcome) -> tuple[float, float, float]:
-        """Largest differences: of losses (as a share of those above 1), dense tensors, table rows."""
+        """Largest differences: of losses (as a share of those above 1), dense tensors, table rows and their state."""
         assert self.dense.keys() == other.dense.keys()
         losses = np.abs(self.losses - other.losses) / np.maximum(1, np.abs(other.losses))
         dense = max(float(np.abs(self.dense[name] - other.dense[name]).max()) for name in self.dense)
-        return float(losses.max()), dense, float(np.abs(self.table - other.table).max())
+        state = float(np.abs(self.state - other.state).max(initial=0))
+        return float(losses.max()), dense, max(float(np.abs(self.table - other.table).max()), state)
 
 
 def by_product(config: RunConfig) -> Outcome:
@@ -81,7 +84,7 @@ def by_product(config: RunConfig) -> Outcome:
         if name.startswith(("parameter", "buffer"))
     }
     rows = gather_rows(table) if table else dense.pop("items.weight")
-    return _outcome(losses, dense, rows)
+    return _outcome(losses, dense, rows, _gather_state(table) if table else None)
 
 
 def by_plain_pytorch(config: RunConfig) -> Outcome:
@@ -104,7 +107,8 @@ def by_plain_pytorch(config: RunConfig) -> Outcome:
             noise = training_noise(batch, config.training.seed, draw, config)
             candidates = candidature.draw(batch, noise, config.training.seed, draw)
             rows = table.rows[candidates.ids] if table else None
-            shares.append(torch.stack(dense(batch, candidates, noise, rows, scale, identity)))
+            catalogue = Catalogue(table.rows, None, len(table.rows)) if table else None
+            shares.append(torch.stack(dense(batch, candidates, noise, rows, scale, identity, catalogue)))
         recommendation, generative = torch.stack(shares).sum(0)
         (recommendation + _gamma(number) * generative).backward()
         for group in optimizer.param_groups:
@@ -115,7 +119,9 @@ def by_plain_pytorch(config: RunConfig) -> Outcome:
             table.update(config.table_learning_rate * rate)
         losses.append(torch.stack((recommendation, generative)).detach())
     tensors = dict(itertools.chain(dense.named_parameters(), dense.named_buffers()))
-    return _outcome(losses, tensors, table.rows if table else tensors.pop("items.weight"))
+    if table:
+        return _outcome(losses, tensors, table.rows, table.state)
+    return _outcome(losses, tensors, tensors.pop("items.weight"), None)
 
 
 def sharded_table(config: RunConfig, num_items: int) -> ShardedTable:
@@ -132,23 +138,35 @@ def gather_rows(table: ShardedTable) -> Tensor:
     return torch.cat(parts)
 
 
+def _gather_state(table: ShardedTable) -> Tensor | None:
+    """The optimizer's state of all rows, whatever rank holds them. Collective."""
+    parts: list[Tensor | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, next((state.clone() for state in table.optimizer_state.values()), None))
+    return torch.cat([part for part in parts if part is not None]) if any(p is not None for p in parts) else None
+
+
 class _PlainTable:
-    """Rows as one parameter, updated by SGD or by row-wise Adagrad, whose state sums a row's mean squared gradients."""
+    """Rows as one parameter, updated by SGD, by Adagrad, whose state sums squared gradients, or by row-wise Adagrad,
+    whose state sums a row's mean of them.
+    """
 
     def __init__(self, config: RunConfig, num_items: int) -> None:
         rows = initial_rows(0, num_items + 1, config.model.hidden_size, config.table.init_std, config.training.seed)
         self.rows = torch.nn.Parameter(rows)
-        self._state_V1 = torch.zeros(num_items + 1, 1) if config.table.optimizer == "rowwise_adagrad" else None
+        shapes = {"adagrad": rows.shape, "rowwise_adagrad": rows.shape[:1]}
+        shape = shapes.get(config.table.optimizer)
+        self.state = None if shape is None else torch.zeros(shape)
 
     @torch.no_grad()
     def update(self, rate: float) -> None:
         gradient_VD = self.rows.grad
         assert gradient_VD is not None
-        if self._state_V1 is None:
+        if self.state is None:
             self.rows -= rate * gradient_VD
         else:
-            self._state_V1 += gradient_VD.square().mean(1, keepdim=True)
-            self.rows -= rate * gradient_VD / (self._state_V1.sqrt() + _EPS)
+            square_VD = gradient_VD.square()
+            self.state += square_VD if self.state.ndim == 2 else square_VD.mean(1)
+            self.rows -= rate * gradient_VD / (self.state.view(len(self.state), -1).sqrt() + _EPS)
         self.rows.grad = None
 
 
@@ -185,6 +203,7 @@ _rate: Callable[[int], float] = (1.0, 0.7, 0.9, 0.4, 0.8).__getitem__
 _gamma: Callable[[int], float] = (0.0, 0.3, 0.6, 1.0, 0.8).__getitem__
 
 
-def _outcome(losses: list[Tensor], dense: dict[str, Tensor], rows: Tensor) -> Outcome:
+def _outcome(losses: list[Tensor], dense: dict[str, Tensor], rows: Tensor, state: Tensor | None) -> Outcome:
     arrays = {name: value.detach().numpy() for name, value in dense.items()}
-    return Outcome(torch.stack(losses).numpy(), arrays, rows.detach().numpy())
+    state = torch.empty(0) if state is None else state
+    return Outcome(torch.stack(losses).numpy(), arrays, rows.detach().numpy(), state.numpy())

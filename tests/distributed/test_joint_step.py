@@ -34,7 +34,10 @@ HYBRID_VARIATIONAL = f"model.attention={{type: hybrid, generator: {{type: variat
 HYBRID_MATRIX = f"model.attention={{type: hybrid, generator: {{type: diffusion, {_SMALL}, form: matrix}}}}"
 
 BCE = "loss.kind=bce"
+GBCE = "loss.kind=gbce"
 POPULARITY = "loss.proposal=popularity"
+IN_BATCH = "loss.proposal=in_batch"
+OWN = "loss.shared=false"
 FULL = "loss.kind=full"
 REPLICATED = "table.kind=replicated"
 LAST = "data.targets=last"
@@ -82,6 +85,9 @@ def _cases(*cases: tuple[str, ...]) -> pytest.MarkDecorator:
     (DIFFUSION, ADAGRAD, _stage(1)),
     (DIFFUSION_UNROLLED, SGD, _stage(2)),
     (DIFFUSION, SGD, POPULARITY, _stage(3)),
+    (DOT, ADAGRAD, IN_BATCH, LAST, _stage(1)),
+    (DOT, SGD, OWN, "loss.temperature=0.5", _stage(2)),
+    (VARIATIONAL_SAMPLES, ADAGRAD, GBCE, _stage(1)),
 )
 def test_sharded_table_and_dense_layers_follow_plain_pytorch(
     make_config: Callable[..., RunConfig], overrides: tuple[str, ...]
@@ -111,7 +117,7 @@ def test_adamw_follows_plain_pytorch(make_config: Callable[..., RunConfig], over
     _claim(make_config(*adamw, *overrides, "table.learning_rate=0.1"), tolerance=5e-5)
 
 
-@_cases((DOT, _stage(1)), (DIFFUSION, BCE, _stage(2)))
+@_cases((DOT, IN_BATCH, _stage(1)), (DIFFUSION, BCE, _stage(2)))
 def test_sharded_table_on_two_ranks_is_the_replicated_one_on_one(
     make_config: Callable[..., RunConfig], overrides: tuple[str, ...]
 ) -> None:

@@ -40,7 +40,7 @@ def reference(model: DenseModel, config: RunConfig, batch: Batch, candidates: Ca
         if config.loss.kind == "sampled":
             assert candidates.negatives is not None
             target = logits.gather(1, batch.targets_N[:, None] - 1)
-            drawn = logits[:, candidates.negatives - 1] - candidates.log_expected_K
+            drawn = logits[:, candidates.negatives - 1] - candidates.log_expected
             drawn = drawn.masked_fill(candidates.negatives == batch.targets_N[:, None], -torch.inf)
             nlls.append(
                 F.cross_entropy(torch.cat((target, drawn), 1), torch.zeros_like(target[:, 0]).long(), reduction="none")
