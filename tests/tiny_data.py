@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,19 @@ def write_prepared(
     split: SplitRule = LEAVE_ONE_OUT,
     num_shards: int = 2,
     row_group_size: int = 8,
+    times: Sequence[Sequence[int]] | None = None,
+    attributes: Mapping[str, Sequence[Any]] | None = None,
 ) -> Manifest:
     """Publish the histories of users 100, 101 … (or "u00", "u01" … and text items) at `directory`.
 
-    User number i is row i // num_shards of shard i % num_shards, and its times are 0, 1, 2 ….
+    User number i is row i // num_shards of shard i % num_shards, and its times are 0, 1, 2 … without a unit, or `times`
+    in seconds. attributes: columns of the vocabulary by name, by dense id.
     """
     frame = pl.DataFrame(
         {
             "user_id": [f"u{index:02d}" if text_ids else 100 + index for index in range(len(lists))],
             "items": [[f"{item:05d}" if text_ids else item for item in items] for items in lists],
-            "timestamps": [list(range(len(items))) for items in lists],
+            "timestamps": times or [list(range(len(items))) for items in lists],
         },
         schema_overrides={"timestamps": pl.List(pl.Int64)},
     )
@@ -82,7 +85,9 @@ def write_prepared(
     words = words.join(
         trained.group_by("dense_id").len("train_count"), on="dense_id", how="left", maintain_order="left"
     )
-    columns = ("item_id", "dense_id", pl.col("count", "train_count").fill_null(0).cast(pl.Int64))
+    others = pa.table(dict(attributes or {}))
+    words = words.with_columns(pl.Series(name, values) for name, values in (attributes or {}).items())
+    columns = (*others.column_names, "item_id", "dense_id", pl.col("count", "train_count").fill_null(0).cast(pl.Int64))
 
     def write(path: str, rows: pl.DataFrame, schema: pa.Schema, size: int) -> WrittenFile:
         table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -115,8 +120,9 @@ def write_prepared(
         num_shards=num_shards,
         row_group_size=row_group_size,
         split=split,
+        time_unit="s" if times else None,
         files=tuple(files),
-        vocabulary=write(VOCABULARY, words.select(*columns), pa.schema(catalogue), 64),
+        vocabulary=write(VOCABULARY, words.select(*columns), pa.schema([*others.schema, *catalogue]), 64),
         source=(RawFile(path="log.csv", bytes=1),),
         config=config.recorded(),
         config_hash=config.hash(),

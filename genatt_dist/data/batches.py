@@ -14,9 +14,9 @@ Legend: W windows, G row groups, B sequences, N positions (real tokens) and M it
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive
 from genatt_dist.config import DataConfig, TrainingConfig
 from genatt_dist.data.ahead import ahead
-from genatt_dist.data.row_groups import Ints, Items
+from genatt_dist.data.arrays import Events, Ints, Items, items_of, seconds_of
+from genatt_dist.data.features import Bags, FeatureReader
 from genatt_dist.data.sequences import Sequences, from_zero, gather
 from genatt_dist.data.windows import Windows, ranges, window_counts, windows_of
 from genatt_dist.model.jagged import Jagged
@@ -43,6 +44,13 @@ BUFFERS_AHEAD = 2
 STEPS_AHEAD = 16
 
 
+class Read(NamedTuple):
+    """Rows of a feature's table that positions read, on the device: see `features.Bags`."""
+
+    row_K: Tensor
+    first_N: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a global batch.
@@ -51,6 +59,7 @@ class Batch:
     the positions lie.
     window_B: int64 window ids. chosen: indices into N whose target is trained, or None for all.
     num_tokens, num_targets, num_sequences: real positions, trained targets and sequences of the *global* batch.
+    features: what the N inputs read of each feature; of the targets' times nothing is here.
     """
 
     items_M: Tensor
@@ -60,6 +69,7 @@ class Batch:
     num_tokens: int
     num_targets: int
     num_sequences: int
+    features: dict[str, Read] = field(default_factory=dict)
 
     @property
     def input_index_N(self) -> Tensor:
@@ -243,7 +253,8 @@ class TrainingBatches:
                 for mine, sequences, tokens in parts:
                     here = first_W[done : done + len(mine)]
                     done += len(mine)
-                    yield Part(gather(items, here, mine.length_B + 1), mine, last, tokens, sequences)
+                    part = gather(items, here, mine.length_B + 1)
+                    yield Part.of(part, mine, last, tokens, sequences, self.sequences.features)
         finally:
             buffers.close()
 
@@ -257,6 +268,19 @@ class Part:
     last_target_only: bool
     tokens: int
     sequences: int
+    bags: dict[str, Bags]
+
+    @staticmethod
+    def of(
+        events: Events, windows: Windows, last_target_only: bool, tokens: int, sequences: int, features: FeatureReader
+    ) -> Part:
+        """events: those of the windows, each with its last target."""
+        bags: dict[str, Bags] = {}
+        if features.num_rows:
+            input_M = np.ones(len(events), np.bool_)
+            input_M[np.cumsum(windows.length_B + 1) - 1] = False
+            bags = _bags(features, events[input_M], windows.length_B)
+        return Part(items_of(events), windows, last_target_only, tokens, sequences, bags)
 
     def on(self, device: torch.device) -> Batch:
         length_B = self.windows.length_B
@@ -269,6 +293,7 @@ class Part:
             num_tokens=self.tokens,
             num_targets=self.sequences if self.last_target_only else self.tokens,
             num_sequences=self.sequences,
+            features=_read(self.bags, device),
         )
 
 
@@ -323,7 +348,7 @@ class Histories:
     """Users to rank items for: their newest positions, what they have seen, and (when known) the true next item.
 
     items_N: int64; layout: positions; user_B: int64 index of the user (its noise key). seen_row_S, seen_item_S: int64
-    pairs (row of the batch, item) to leave out. target_B: int64, or None.
+    pairs (row of the batch, item) to leave out. target_B: int64, or None. features: what the positions read of each.
     """
 
     items_N: Tensor
@@ -332,26 +357,34 @@ class Histories:
     seen_row_S: Tensor
     seen_item_S: Tensor
     target_B: Tensor | None
+    features: dict[str, Read] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        items: npt.NDArray[np.int32],
+        events: Events,
         first: Ints,
         end: Ints,
         users: Ints,
         max_len: int,
         device: torch.device,
         targets: Ints | None = None,
+        features: FeatureReader | None = None,
     ) -> Histories:
-        """Histories items[first[i]:end[i]]; the model sees the newest max_len items, all are seen."""
+        """Histories events[first[i]:end[i]]; the model sees the newest max_len items, all are seen.
+
+        features: of the data set the model was trained on; without times in `events` the context is unknown.
+        """
         lengths = np.minimum(end - first, max_len)
+        shown, items = gather(events, end - lengths, lengths), items_of(events)
+        bags = _bags(features, shown, lengths) if features is not None else {}
         return Histories(
-            items_N=_ids(gather(items, end - lengths, lengths), device),
+            items_N=_ids(items_of(shown), device),
             layout=Jagged.of(_to(lengths, device), int(lengths.max()), int(lengths.sum())),
             user_B=_to(users, device),
             seen_row_S=torch.from_numpy(np.repeat(np.arange(len(users)), end - first)).to(device),
             seen_item_S=_ids(gather(items, first, end - first), device),
             target_B=None if targets is None else _to(targets, device),
+            features=_read(bags, device),
         )
 
 
@@ -376,14 +409,23 @@ def evaluation_batches(
 
     read = ahead(sequences.slices(wanted(), STEPS_AHEAD), BATCHES_AHEAD, "evaluation batch")
     try:
-        for mine, items, first in read:
+        for mine, events, first in read:
             target = first + end[mine] - sequences.offsets[mine]
-            yield Histories.of(items, first, target, mine, max_len, device, targets=items[target].astype(np.int64))
+            items = items_of(events)[target].astype(np.int64)
+            yield Histories.of(events, first, target, mine, max_len, device, items, sequences.features)
     finally:
         read.close()
 
 
-def _ids(items: npt.NDArray[np.int32], device: torch.device) -> Tensor:
+def _bags(features: FeatureReader, events: Events, lengths: Ints) -> dict[str, Bags]:
+    return features.bags(items_of(events), lengths, seconds_of(events)) if features.num_rows else {}
+
+
+def _read(bags: dict[str, Bags], device: torch.device) -> dict[str, Read]:
+    return {name: Read(_to(bag.row_K, device), _to(bag.first_N, device)) for name, bag in bags.items()}
+
+
+def _ids(items: Items, device: torch.device) -> Tensor:
     return _to(items.astype(np.int64), device)
 
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive
 from genatt_dist.data.ahead import ahead
+from genatt_dist.data.arrays import Events, Ints, timed
 from genatt_dist.data.batches import (
     BATCHES_AHEAD,
     POOL_BATCHES,
@@ -36,8 +37,9 @@ from genatt_dist.data.batches import (
     TrainingBatches,
     batches_of,
 )
-from genatt_dist.data.ray_dataset import SCHEMA
-from genatt_dist.data.row_groups import Ints
+from genatt_dist.data.context import seconds
+from genatt_dist.data.ray_dataset import schema
+from genatt_dist.data.row_groups import flat
 from genatt_dist.data.sequences import gather
 from genatt_dist.data.windows import Windows
 
@@ -82,7 +84,7 @@ class RayBatches:
                 f"a global batch of {total // number} sequences for {world_size} ranks: raise training.batch_sequences"
             )
         pool = POOL_BATCHES * max(1, self.plan.data.shuffle_windows * number // (total * POOL_BATCHES))
-        held = _Held(blocks)
+        held = _Held(blocks, schema(bool(self.plan.sequences.features.contexts)))
         for first in range(0, number, pool):
             end = min(first + pool, number)
             windows = total * end // number - total * first // number
@@ -116,17 +118,21 @@ class RayBatches:
         rows = rows.combine_chunks()
         lists = rows["items"].combine_chunks()
         length = pc.list_value_length(lists).to_numpy().astype(np.int64) - 1
-        items, start = lists.flatten().to_numpy(), np.cumsum(length + 1) - length - 1
+        items: Events = lists.flatten().to_numpy()
+        if "times" in rows.column_names:
+            manifest = self.plan.sequences.manifest
+            items = timed(items, seconds(flat(rows["times"]), manifest.time_unit, manifest.name))
+        start = np.cumsum(length + 1) - length - 1
         windows = Windows(start, length, rows["window"].to_numpy())
         batches = batches_of(self._random(epoch, first, 1 + rank).permutation(len(length)), length, number)
         mine = np.array([(length[batch].sum(), len(batch)) for batch in batches])
         tokens, sequences = np.sum(self.exchange(mine), axis=0).T.tolist()
-        last = self.plan.data.targets == "last"
+        last, features = self.plan.data.targets == "last", self.plan.sequences.features
         # The same order on all ranks, so that their parts of a batch are alike in length.
         for index in self._random(epoch, first, 0).permutation(number):
             chosen = windows.of(batches[index])
             part = gather(items, chosen.start_B, chosen.length_B + 1)
-            yield Part(part, chosen, last, tokens[index], sequences[index])
+            yield Part.of(part, chosen, last, tokens[index], sequences[index], features)
 
     def _random(self, *words: int) -> np.random.Generator:
         key = int(derive(self.plan.seed, int(Purpose.SHUFFLE), *words)) % (1 << 64)
@@ -136,16 +142,21 @@ class RayBatches:
 class _Held:
     """Rows that have come and are not trained yet."""
 
-    def __init__(self, blocks: Iterator[pa.Table]) -> None:
+    def __init__(self, blocks: Iterator[pa.Table], schema: pa.Schema) -> None:
         self._blocks = ahead(blocks, BATCHES_AHEAD, "block of Ray Data")
-        self._rows = SCHEMA.empty_table()
+        self._schema, self._rows = schema, schema.empty_table()
 
     def more(self, count: int) -> int:
         """Wait until so many rows are here, or all that come; how many there are."""
         tables = [self._rows]
         here = len(self._rows)
         while here < count and (block := next(self._blocks, None)) is not None:
-            tables.append(block.select(SCHEMA.names).cast(SCHEMA))
+            if missing := set(self._schema.names) - set(block.column_names):
+                raise GenattError(
+                    f"rows of Ray without {missing.pop()}, which features of type context need: make them by "
+                    "ray_dataset(path, data, timed=True)"
+                )
+            tables.append(block.select(self._schema.names).cast(self._schema))
             here += len(block)
         self._rows = pa.concat_tables(tables)
         return here

@@ -6,9 +6,9 @@ offsets[u + 1] - 1 among all T, oldest first, in the order of the shards.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -20,7 +20,10 @@ from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
 from data_pipeline.storage import check_access, redact
 from genatt_dist.config import PREFETCH_BYTES
-from genatt_dist.data.row_groups import READERS, Ints, Items, RowGroups, Shards
+from genatt_dist.data.arrays import Events, Ints, Items
+from genatt_dist.data.features import FeatureReader
+from genatt_dist.data.row_groups import READERS, RowGroups, Shards
+from genatt_dist.embedding.feature_options import Feature
 
 T = TypeVar("T")
 
@@ -32,6 +35,7 @@ class Sequences:
     offsets: int64 [U + 1]. train: int32 [U], the first so many items train. valid, test: int32 [U], the place of the
     target in the user's sequence, -1 = none. first_user_G: int64 [G + 1]. popularity: int64 [num_items + 1],
     interactions of each item in the training part (index = dense id). Nothing grows with T but what `groups` keeps.
+    features: what positions read besides their item's row.
     """
 
     offsets: Ints
@@ -44,17 +48,24 @@ class Sequences:
     manifest: shards.Manifest
     manifest_hash: str
     path: str
+    features: FeatureReader = field(default_factory=FeatureReader)
 
     @staticmethod
-    def read(path: str, verify: bool = False, prefetch_bytes: int = PREFETCH_BYTES) -> Sequences:
-        """What `genatt prepare` published at `path`: manifest, indices and counts; no shard yet.
+    def read(
+        path: str, verify: bool = False, prefetch_bytes: int = PREFETCH_BYTES, features: Sequence[Feature] = ()
+    ) -> Sequences:
+        """What `genatt prepare` published at `path`: manifest, indices, counts and attributes; no shard yet.
+
+        features: of the model (`RunConfig.features`); times are read only where one of them asks for it.
 
         verify: check the sha256 of every file first; of shards that are larger together than `prefetch_bytes` not, for
         that would read them all: damage in them is found by page checksums when it is read.
-        Raises GenattError naming the file: missing, damaged, an index that contradicts the manifest.
+        Raises GenattError naming the file: missing, damaged, an index that contradicts the manifest; or the feature
+        that the data set does not have.
         """
         check_access(path)
         manifest = shards.load_manifest(path)
+        reader = FeatureReader.of(features, path, manifest)
         if verify and sum(file.bytes for file in manifest.files) <= prefetch_bytes:
             shards.verify(path, manifest)
         with ThreadPoolExecutor(READERS, "indices") as pool:
@@ -69,21 +80,22 @@ class Sequences:
         shard_G = np.repeat(np.arange(len(users)), number)
         number_G = np.arange(len(shard_G)) - np.repeat(from_zero(number)[:-1], number)
         first_user_G = np.append(from_zero(users)[shard_G] + number_G * size, len(length))
-        groups = RowGroups.of(path, manifest, shard_G, number_G, offsets[first_user_G], prefetch_bytes)
+        first_item_G, with_times = offsets[first_user_G], bool(reader.contexts)
+        groups = RowGroups.of(path, manifest, shard_G, number_G, first_item_G, prefetch_bytes, with_times)
         words = shards.read_vocabulary(path, manifest, columns=["dense_id", "train_count"])
         popularity = np.zeros(manifest.num_items + 1, np.int64)
         popularity[words["dense_id"].to_numpy()] = words["train_count"].to_numpy()
-        return Sequences(
-            offsets, train, valid, test, first_user_G, groups, popularity, manifest, shards.manifest_hash(path), path
-        )
+        hashed = shards.manifest_hash(path)
+        return Sequences(offsets, train, valid, test, first_user_G, groups, popularity, manifest, hashed, path, reader)
 
     @staticmethod
     def of(
-        items: Items,
+        items: Events,
         length: npt.ArrayLike,
         places: npt.ArrayLike,
         manifest: shards.Manifest,
         row_group_size: int | None = None,
+        features: FeatureReader | None = None,
     ) -> Sequences:
         """Sequences that are in memory: `items` of users of these lengths; places: train, valid and test [3, U]."""
         offsets = from_zero(length)
@@ -91,10 +103,11 @@ class Sequences:
         first_user_G = np.append(np.arange(0, len(train), row_group_size or len(train)), len(train))
         first_item_G = offsets[first_user_G]
         groups = RowGroups(
-            lambda group: items[first_item_G[group] : first_item_G[group + 1]], first_item_G, items.nbytes
+            lambda group: items[first_item_G[group] : first_item_G[group + 1]], first_item_G, items.nbytes, items.dtype
         )
         nothing = np.zeros(manifest.num_items + 1, np.int64)
-        return Sequences(offsets, train, valid, test, first_user_G, groups, nothing, manifest, "", "")
+        reader = features or FeatureReader()
+        return Sequences(offsets, train, valid, test, first_user_G, groups, nothing, manifest, "", "", reader)
 
     @property
     def num_users(self) -> int:
@@ -137,20 +150,20 @@ class Sequences:
     def _place(self, split: str) -> Items:
         return {"train": self.train, "valid": self.valid, "test": self.test}[split]
 
-    def take(self, starts: Ints, lengths: Ints) -> tuple[Items, Ints]:
+    def take(self, starts: Ints, lengths: Ints) -> tuple[Events, Ints]:
         """Slices of users' items: places starts[i] … starts[i] + lengths[i] - 1, each inside one user.
 
-        Returns (items, first): slice i is items[first[i] : first[i] + lengths[i]]. Only the row groups they lie in are
-        read.
+        Returns (items, first): slice i is items[first[i] : first[i] + lengths[i]]. They are `Items`, with their times
+        where a feature needs these. Only the row groups they lie in are read.
         """
         if not len(starts):
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+            return np.zeros(0, self.groups.dtype), np.zeros(0, np.int64)
         ((_, items, first),) = self.slices([(None, starts, lengths)], ahead=1)
         return items, first
 
     def slices(
         self, wanted: Iterable[tuple[T, Ints, Ints]], ahead: int
-    ) -> Generator[tuple[T, Items, Ints], None, None]:
+    ) -> Generator[tuple[T, Events, Ints], None, None]:
         """`take` of many, each (name, starts, lengths) with at least one slice: (name, items, first), in that order.
 
         The row groups of the next ones are read in the background. `wanted` is asked for at most `ahead` of those that
@@ -177,6 +190,7 @@ class Sequences:
                 taken.add(turn, items)
                 if turn == len(taken.groups) - 1:
                     given += 1
+                    assert taken.items is not None
                     yield taken.name, taken.items, taken.first
         finally:
             stream.close()
@@ -193,7 +207,7 @@ class _Taken(Generic[T]):
         self._begin = np.append(begin, len(group))
         self._starts, self._lengths = (starts - first_item_G[group])[self._order], lengths[self._order]
         self._end = from_zero(self._lengths)
-        self.items = np.zeros(0, np.int32)
+        self.items: Events | None = None
 
     @property
     def first(self) -> Ints:
@@ -202,20 +216,20 @@ class _Taken(Generic[T]):
         first[self._order] = self._end[:-1]
         return first
 
-    def add(self, turn: int, items: Items) -> None:
+    def add(self, turn: int, items: Events) -> None:
         """Copy what lies in the row group `groups[turn]`."""
-        if not len(self.items):
-            self.items = np.empty(int(self._end[-1]), np.int32)
+        if self.items is None:
+            self.items = np.empty(int(self._end[-1]), items.dtype)
         low, high = self._begin[turn], self._begin[turn + 1]
         part = gather(items, self._starts[low:high], self._lengths[low:high])
         self.items[self._end[low] : self._end[high]] = part
 
 
-def gather(items: Items, starts: Ints, lengths: Ints) -> Items:
+def gather(items: Events, starts: Ints, lengths: Ints) -> Events:
     """Concatenate items[starts[i] : starts[i] + lengths[i]] for all i."""
     ends = np.cumsum(lengths)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-    return items[np.repeat(starts, lengths) + within]
+    return items.take(np.repeat(starts, lengths) + within)
 
 
 def from_zero(counts: npt.ArrayLike) -> Ints:

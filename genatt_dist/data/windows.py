@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from genatt_dist.config import DataConfig
-from genatt_dist.data.row_groups import Ints, Items
+from genatt_dist.data.arrays import Ints, Items
 
 # A window's id is its user's index and its number in the user's history; keyed noise hangs on it.
 WINDOW_BITS = 20

@@ -22,6 +22,7 @@ from data_pipeline.errors import GenattError
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import evaluation_batches
+from genatt_dist.embedding.features import input_rows
 from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model import diagnostics
 from genatt_dist.model.diagnostics import own_maps, resampled
@@ -52,7 +53,7 @@ def total_variation(trained: Trained, users: int) -> float:
     ):
         if left <= 0:
             break
-        rows_ND = trained.table.lookup(histories.items_N)
+        rows_ND = input_rows(trained.table, histories)
         context = sampling_context(histories, config)
         first = backbone(rows_ND, context, sample=True).maps
         second = backbone(rows_ND, resampled(context, 1), sample=True).maps

@@ -19,7 +19,7 @@ from data_pipeline.errors import GenattError
 from data_pipeline.local_ray import local_ray
 from genatt_dist.config import DataConfig, TrainingConfig
 from genatt_dist.data.batches import Part, TrainingBatches
-from genatt_dist.data.ray_dataset import SCHEMA, every_row, ray_dataset
+from genatt_dist.data.ray_dataset import every_row, ray_dataset, schema
 from genatt_dist.data.ray_feed import RayBatches, all_gathered
 from genatt_dist.data.sequences import Sequences
 
@@ -30,7 +30,8 @@ def rows_of(plan: TrainingBatches) -> pa.Table:
     windows = all_windows(plan)
     lists = [plan.sequences.take(windows.start_B[[i]], windows.length_B[[i]] + 1)[0] for i in range(len(windows))]
     return pa.table(
-        [windows.id_B, pa.array([one.tolist() for one in lists], SCHEMA.field("items").type)], schema=SCHEMA
+        [windows.id_B, pa.array([one.tolist() for one in lists], schema(False).field("items").type)],
+        schema=schema(False),
     )
 
 
@@ -120,7 +121,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_ray_train_trains_each_row_once_an_epoch(world_size: int, cluster: None, tmp_path: Path) -> None:
     import ray.train
     import torch
