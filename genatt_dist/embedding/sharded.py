@@ -1,106 +1,142 @@
-"""The item table row-wise sharded over the ranks by TorchRec, with its optimizer fused into the backward pass.
+"""All tables of a model that are sharded over the ranks, in one TorchRec collection, with the optimizer fused into its
+backward pass.
 
-Reasons for the order of things (docs/architecture.md): the table is planned on every rank (a planner that fails on one
-rank only would leave the others waiting), it is never inside the module that DeepSpeed gets (DeepSpeed would broadcast
-and cast it), and each step looks ids up in one call (every lookup's backward is an optimizer step of its own).
+Reasons for the order of things (docs/architecture.md): the tables are planned on every rank (a planner that fails on
+one rank only would leave the others waiting), they are never inside the module that DeepSpeed gets (DeepSpeed would
+broadcast and cast them), and each step looks all ids up in one call (every lookup's backward is an optimizer step of
+its own).
 
-Legend: N ids, V rows on this rank, D width, B users of the global batch.
+Legend: N ids, V rows on this rank, D width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_configs import data_type_to_dtype
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from data_pipeline.errors import GenattError
 from genatt_dist.config import TableConfig
-from genatt_dist.embedding.ranking import Query, Ranking, merge, rank_shard, target_scores
-from genatt_dist.embedding.table import TableShard, check_shards, initial_rows
-
-_FEATURE = "item"
-_OPTIMIZERS = {
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-}
+from genatt_dist.embedding.planner import DATA_TYPES, collection, local_memory, local_ranks, plan, sharder
+from genatt_dist.embedding.rank_exchange import rank_over_ranks
+from genatt_dist.embedding.ranking import Query, Ranking
+from genatt_dist.embedding.table import ITEM_TABLE, TableShard, TableSpec, fill_initial_rows, item_spec
 
 
 class ShardedTable:
-    """Rows first_id … first_id + V − 1 of the table live on this rank. Needs an initialised process group."""
+    """The item table and what other tables a model has, by name. Needs an initialised process group."""
 
     def __init__(
-        self, num_items: int, width: int, config: TableConfig, learning_rate: float, seed: int, device: torch.device
+        self,
+        num_items: int,
+        width: int,
+        config: TableConfig,
+        learning_rate: float,
+        seed: int,
+        device: torch.device,
+        others: Sequence[TableSpec] = (),
     ) -> None:
-        check_shards(num_items + 1, dist.get_world_size())
-        collection = EmbeddingCollection(
-            device=torch.device("meta"),
-            tables=[
-                EmbeddingConfig(
-                    num_embeddings=num_items + 1, embedding_dim=width, name=_FEATURE, feature_names=[_FEATURE]
-                )
-            ],
-        )
-        sharder: Any = EmbeddingCollectionSharder(
-            fused_params={"optimizer": _OPTIMIZERS[config.optimizer], "learning_rate": learning_rate, "eps": 1e-8}
-        )
+        """others: tables beside the item table, of the same width; `table_seed(seed, name)` is a seed for one.
+
+        Raises GenattError where device, TorchRec or memory cannot hold the tables as configured. Collective.
+        """
+        specs = [item_spec(num_items, width, config, seed), *others]
+        _check_specs(specs)
+        self._items, self._dtype = specs[0], data_type_to_dtype(DATA_TYPES[config.precision])
+        self._device, self._names = device, [spec.name for spec in specs]
+        self.learning_rate = learning_rate
+        tables, maker = collection(specs, config), sharder(config, learning_rate)
+        local = local_ranks(dist.get_world_size())
+        memory = _least(local_memory(device, local), device)
         self._model = DistributedModelParallel(
-            collection, device=device, plan=_planner(device).plan(collection, [sharder]), sharders=[sharder]
+            tables,
+            device=device,
+            plan=plan(specs, config, dist.get_world_size(), local, device.type, memory),
+            sharders=[maker],  # type: ignore[list-item]
         )
-        self._device = device
-        (self._sharded,) = self._model.state_dict().values()
-        rows = initial_rows(self.first_row, len(self.rows_VD), width, config.init_std, seed)
-        self.rows_VD.copy_(rows.to(device))
+        self._tensors: dict[str, ShardedTensor] = {
+            key.split(".")[-2]: tensor for key, tensor in self._model.state_dict().items()
+        }
+        for spec in specs:
+            for shard in self._tensors[spec.name].local_shards():
+                row, column = shard.metadata.shard_offsets
+                fill_initial_rows(shard.tensor.detach(), row, column, spec.width, spec.init_std, spec.seed)
 
     def lookup(self, ids_N: Tensor) -> Tensor:
-        """Rows [N, D] of the ids. Its backward updates the rows: one call a training step."""
-        ids = KeyedJaggedTensor(keys=[_FEATURE], values=ids_N, lengths=torch.tensor([len(ids_N)], device=self._device))
-        rows_ND: Tensor = self._model(ids)[_FEATURE].values()
-        return rows_ND
+        """Item rows [N, D] of the ids, float32. Its backward updates the rows: one lookup a training step, this or
+        `lookup_tables`.
+        """
+        return self.lookup_tables({ITEM_TABLE: ids_N})[ITEM_TABLE]
+
+    def lookup_tables(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows [N, D] float32 of each table's ids (int64 [N], N of its own), by table name; a table that is not named
+        is asked for none. All of a step in one call: its backward updates all tables. Collective, backward too: all
+        ranks name the same tables, and their losses depend on the rows of each, be they none.
+
+        An id travels once, however often it is asked for: windows and negatives repeat popular items.
+        """
+        nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+        unique = {name: ids_N.unique(return_inverse=True) for name, ids_N in ids.items()}
+        parts = [unique[name][0] if name in unique else nothing for name in self._names]
+        lengths = torch.tensor([len(part) for part in parts], device=self._device)
+        found = self._model(KeyedJaggedTensor(keys=self._names, values=torch.cat(parts), lengths=lengths))
+        return {name: found[name].values().index_select(0, inverse_N) for name, (_, inverse_N) in unique.items()}
 
     @property
     def rows_VD(self) -> Tensor:
-        """This rank's rows, a view: writing it changes the table."""
-        shards = self._sharded.local_shards()
+        """This rank's item rows, a view: writing it changes the table. Whole rows (the item table is never cut by
+        columns).
+        """
+        shards = self._tensors[ITEM_TABLE].local_shards()
         if shards:
             rows: Tensor = shards[0].tensor.detach()
             return rows
-        return torch.empty(0, self._sharded.size(1), device=self._device)
+        return torch.empty(0, self._items.width, dtype=self._dtype, device=self._device)
 
     @property
     def first_row(self) -> int:
-        """The table row that this rank's first one is."""
-        shards = self._sharded.local_shards()
-        return int(shards[0].metadata.shard_offsets[0]) if shards else int(self._sharded.size(0))
+        """The item table's row that this rank's first one is."""
+        shards = self._tensors[ITEM_TABLE].local_shards()
+        return int(shards[0].metadata.shard_offsets[0]) if shards else self._items.rows
 
     @property
     def optimizer_state(self) -> dict[str, Tensor]:
-        """This rank's part of the fused optimizer's state by name, views like `rows_VD`."""
-        (states,) = self._optimizer.state_dict()["state"].values() or ({},)
-        return {
-            name.split(".")[-1]: value.local_shards()[0].tensor
-            for name, value in states.items()
-            if hasattr(value, "local_shards") and value.local_shards()
-        }
+        """This rank's part of the fused optimizer's state of the item table by name, views like `rows_VD`."""
+        return next((shard.optimizer for shard in self.shards if shard.name == ITEM_TABLE), {})
 
     @property
     def shards(self) -> list[TableShard]:
-        """What lies on this rank."""
-        if not len(self.rows_VD):
-            return []
-        return [TableShard(_FEATURE, self.first_row, 0, self.rows_VD, self.optimizer_state)]
+        """What lies on this rank, in the order of the tables, then of rows and columns."""
+        states = self._states()
+        return [
+            TableShard(
+                name,
+                int(shard.metadata.shard_offsets[0]),
+                int(shard.metadata.shard_offsets[1]),
+                shard.tensor.detach(),
+                {state: parts[index] for state, parts in states.get(name, {}).items()},
+            )
+            for name in self._names
+            for index, shard in enumerate(self._tensors[name].local_shards())
+        ]
+
+    def _states(self) -> dict[str, dict[str, list[Tensor]]]:
+        """The fused optimizer's state by table, by name of the state: a tensor for each local shard."""
+        return {
+            parameter.split(".")[-2]: {
+                name.split(".")[-1]: [shard.tensor for shard in value.local_shards()]
+                for name, value in state.items()
+                if isinstance(value, ShardedTensor)
+            }
+            for parameter, state in self._optimizer.state_dict()["state"].items()
+        }
 
     @property
     def _optimizer(self) -> KeyedOptimizer:
@@ -108,62 +144,33 @@ class ShardedTable:
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next backward: the fused optimizer reads it there, so set it before."""
+        self.learning_rate = rate
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()  # a fused optimizer's step() only hands the rate to the kernel
 
     def rank(self, query: Query, k: int, chunk: int) -> Ranking:
-        """Every rank scores all users of the global batch against its own rows; counts are summed, the best k
-        merged.
-        """
-        sizes = _gather_sizes(len(query.states_BD), self._device)
-        seen_sizes = _gather_sizes(len(query.seen_row_S), self._device)
-        rank = dist.get_rank()
-        whole = Query(
-            states_BD=_gather(query.states_BD, sizes),
-            seen_row_S=_gather(query.seen_row_S + sum(sizes[:rank]), seen_sizes),
-            seen_item_S=_gather(query.seen_item_S, seen_sizes),
-            target_B=_gather(query.target_B, sizes),
+        """Rank all items for this rank's users, exactly as the replicated table does. Collective."""
+        rows_VD, first_id = (self.rows_VD[1:], 1) if self.first_row == 0 else (self.rows_VD, self.first_row)
+        return rank_over_ranks(query, rows_VD, first_id, k, chunk)
+
+
+def _check_specs(specs: Sequence[TableSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise GenattError(
+            f"two tables are called {twice[0]}: give each feature a name of its own, other than {ITEM_TABLE}"
         )
-        rows_VD, first = (self.rows_VD[1:], 1) if self.first_row == 0 else (self.rows_VD, self.first_row)
-        score_B = target_scores(whole, rows_VD, first)
-        dist.all_reduce(score_B, dist.ReduceOp.MAX)
-        local = rank_shard(whole, rows_VD, first, score_B, k, chunk)
-        dist.all_reduce(local.ahead_B)
-        shape = [len(score_B)] * dist.get_world_size()
-        scores = _gather(local.score_Bk, shape).view(len(shape), -1, k).transpose(0, 1).flatten(1)
-        ids = _gather(local.top_Bk, shape).view(len(shape), -1, k).transpose(0, 1).flatten(1)
-        score_Bk, top_Bk = merge(scores, ids, k)
-        mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        return Ranking(local.ahead_B[mine], top_Bk[mine], score_Bk[mine])
+    for spec in specs:
+        if spec.width != specs[0].width:
+            raise GenattError(
+                f"table {spec.name} is {spec.width} wide and table {ITEM_TABLE} {specs[0].width}: one TorchRec "
+                "collection has one width; give all model.hidden_size"
+            )
 
 
-def _planner(device: torch.device) -> EmbeddingShardingPlanner:
-    kind = ShardingType.ROW_WISE.value
-    memory = (
-        {"hbm_cap": torch.cuda.mem_get_info(device)[1]}
-        if device.type == "cuda"
-        else {"ddr_cap": psutil.virtual_memory().total}
-    )
-    return EmbeddingShardingPlanner(
-        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type, **memory),
-        constraints={
-            _FEATURE: ParameterConstraints(sharding_types=[kind], compute_kernels=[EmbeddingComputeKernel.FUSED.value])
-        },
-    )
-
-
-def _gather_sizes(size: int, device: torch.device) -> list[int]:
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    sizes[dist.get_rank()] = size
-    dist.all_reduce(sizes)
-    return [int(value) for value in sizes.tolist()]
-
-
-def _gather(x_B: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenate every rank's rows (sizes[r] of them from rank r)."""
-    padded = x_B.new_zeros((max(sizes), *x_B.shape[1:]))
-    padded[: len(x_B)] = x_B
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+def _least(value: int, device: torch.device) -> int:
+    """The least over ranks: unequal plans of unequal hosts would wait for each other."""
+    least = torch.tensor(value, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)

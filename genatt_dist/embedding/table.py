@@ -1,10 +1,12 @@
-"""The item table behind one interface, and the replicated table: an `nn.Embedding` inside the dense model.
+"""What a table is (name, size, fresh rows), the item table behind one interface, and the replicated table inside the
+dense model.
 
-Row 0 is padding and is never an item. Legend: N ids, V items, D width, B users.
+Row 0 of any table is padding and is never an item. Legend: N ids, V items, D width, B users.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +15,38 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive, normal
+from genatt_dist.embedding.options import Sharding, TableConfig
 from genatt_dist.embedding.ranking import Query, Ranking, rank_shard, target_scores
 
-_BLOCK_ROWS = 1 << 18
+ITEM_TABLE = "item"
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table before it exists: `rows` rows (the padding row included) of `width`, drawn N(0, init_std²) by `seed`.
+
+    sharding: how TorchRec cuts it; `auto` leaves that to the planner.
+    """
+
+    name: str
+    rows: int
+    width: int
+    init_std: float
+    seed: int
+    sharding: Sharding = "auto"
+
+
+def item_spec(num_items: int, width: int, config: TableConfig, seed: int) -> TableSpec:
+    """The item table of a run whose training seed is `seed`."""
+    return TableSpec(ITEM_TABLE, num_items + 1, width, config.init_std, seed, config.sharding)
+
+
+def table_seed(seed: int, name: str) -> int:
+    """The seed of table `name` in a run of training seed `seed`: tables of one run start from different rows."""
+    derived = derive(seed, int(Purpose.INITIAL), zlib.crc32(name.encode()))
+    assert isinstance(derived, int)
+    return seed if name == ITEM_TABLE else derived
 
 
 @dataclass(frozen=True)
@@ -48,19 +79,37 @@ def initial_rows(first: int, count: int, width: int, std: float, seed: int) -> T
     table.
     """
     rows = torch.empty(count, width)
-    for ids in torch.arange(first, first + count).split(_BLOCK_ROWS):  # the draws' words take several times the rows
-        key = derive(derive(seed, int(Purpose.INITIAL)), ids)
-        assert isinstance(key, Tensor)
-        rows[ids[0] - first : ids[-1] - first + 1] = normal(key, width) * std
-    rows[: max(0, min(1 - first, count))] = 0  # row 0 is padding
+    fill_initial_rows(rows, first, 0, width, std, seed)
     return rows
 
 
-def check_shards(num_rows: int, world_size: int) -> None:
-    """Raise GenattError when row-wise sharding (equal blocks, the last one shorter) leaves a rank none: fbgemm looks up
-    no ids in an empty table on the CPU.
+@torch.no_grad()
+def fill_initial_rows(rows_VD: Tensor, first_row: int, first_column: int, width: int, std: float, seed: int) -> None:
+    """Write into `rows_VD`, of any type and device, the part of a fresh table of `width` columns that begins at
+    (first_row, first_column). In blocks: the draws' words take several times the rows, and a second copy of a large
+    shard might not fit.
     """
-    if (world_size - 1) * -(-num_rows // world_size) >= num_rows:
+    root = derive(seed, int(Purpose.INITIAL))
+    columns = slice(first_column, first_column + rows_VD.shape[1])
+    block = max(1, _BLOCK_ELEMENTS // width)
+    for low in range(0, len(rows_VD), block):
+        part = rows_VD[low : low + block]
+        key = derive(root, torch.arange(first_row + low, first_row + low + len(part)))
+        assert isinstance(key, Tensor)
+        part.copy_((normal(key, width) * std)[:, columns])
+    rows_VD[: max(0, min(1 - first_row, len(rows_VD)))] = 0  # row 0 is padding
+
+
+def every_rank_has_rows(num_rows: int, world_size: int) -> bool:
+    """Whether row-wise sharding (equal blocks, the last one shorter) leaves no rank without a row."""
+    return (world_size - 1) * -(-num_rows // world_size) < num_rows
+
+
+def check_shards(num_rows: int, world_size: int) -> None:
+    """Raise GenattError when row-wise sharding leaves a rank no row: fbgemm looks up no ids in an empty table on the
+    CPU.
+    """
+    if not every_rank_has_rows(num_rows, world_size):
         raise GenattError(
             f"table.kind=sharded: {num_rows - 1} items are too few for world_size={world_size}, some rank would hold "
             "no row; use table.kind=replicated, or lower world_size"
