@@ -24,15 +24,14 @@ class Proposal:
     """
 
     def __init__(self, kind: str, num_items: int, popularity_V: Tensor, device: torch.device) -> None:
-        rank_V = 1 + popularity_V.argsort(descending=True, stable=True).argsort().double()
-        weight_V = {
-            "uniform": lambda: torch.ones_like(rank_V),
-            "log_uniform": lambda: torch.log1p(1 / rank_V),
-            "popularity": lambda: popularity_V.double() + 1,
-            "in_batch": lambda: popularity_V.double().clamp(min=1),  # a target was counted at least once
-        }[kind]()
+        self._num_items = num_items
+        if kind == "uniform":  # no tables: with millions of items they would take as much as a shard of rows
+            self._cumulative_V = None
+            self.log_q_V = torch.full((1,), -math.log(num_items), device=device).expand(num_items)
+            return
+        weight_V = {"log_uniform": _zipf, "popularity": _smoothed, "in_batch": _counted}[kind](popularity_V)
         self.log_q_V = (weight_V / weight_V.sum()).log().float().to(device)
-        self.cumulative_V = (weight_V.cumsum(0) / weight_V.sum()).to(device)
+        self._cumulative_V = (weight_V.cumsum(0) / weight_V.sum()).to(device)
 
     def draw(self, key_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """K = `count` ids for each key (int64 [N, K]) and the log of each one's expected count among its key's,
@@ -40,7 +39,11 @@ class Proposal:
         """
         words_NK = bits(key_N, count)
         uniform_NK = ((words_NK >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-        index_NK = torch.searchsorted(self.cumulative_V, uniform_NK, right=True).clamp_(max=len(self.cumulative_V) - 1)
+        if self._cumulative_V is None:
+            index_NK = (uniform_NK * self._num_items).long()
+        else:
+            index_NK = torch.searchsorted(self._cumulative_V, uniform_NK, right=True)
+        index_NK.clamp_(max=self._num_items - 1)
         return index_NK + 1, self.log_q_V[index_NK] + math.log(count)
 
     def of_targets(self, targets_G: Tensor, logq: bool) -> tuple[Tensor, Tensor]:
@@ -65,3 +68,16 @@ def shared_key(seed: int, step: int, device: torch.device) -> Tensor:
 def uniform_ids(key_N: Tensor, count: int, num_items: int) -> Tensor:
     """`count` uniform item ids a key: int64 [N, K]."""
     return 1 + integers(key_N, count, num_items)
+
+
+def _zipf(popularity_V: Tensor) -> Tensor:
+    """log(1 + 1/rank), rank 1 the most popular: float64 [V]."""
+    return torch.log1p(1 / (1 + popularity_V.argsort(descending=True, stable=True).argsort()).double())
+
+
+def _smoothed(popularity_V: Tensor) -> Tensor:
+    return popularity_V.double() + 1
+
+
+def _counted(popularity_V: Tensor) -> Tensor:
+    return popularity_V.double().clamp(min=1)  # a target was counted at least once
