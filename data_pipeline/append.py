@@ -90,6 +90,12 @@ class Parent:
                 raise GenattError(f"{redact(path)}/{file.path} {said}: append to an intact copy, or {ANEW}")
         return Parent(path, manifest, shards.manifest_hash(path))
 
+    @property
+    def ancestors(self) -> tuple[str, ...]:
+        """What a version made of this one comes from, oldest first."""
+        older = self.manifest.ancestors or tuple(filter(None, [self.manifest.parent]))
+        return (*older, self.hash)
+
     def inherited(self, config: PrepareConfig) -> PrepareConfig:
         """`config` with the parent's choices.
 

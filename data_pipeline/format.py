@@ -87,8 +87,9 @@ class Manifest(_Part):
 
     num_shards: users are hashed over so many shards, of which those with users have a file. out_of_vocabulary: the
     dense id all rare items share, if they do. pruned_files: of the source, outside the time range by their paths, so
-    that nobody counted their rows. parent: `manifest_hash` of the version this one adds to. drift: what
-    frozen admission meant for the rows added (see `append`).
+    that nobody counted their rows. parent: `manifest_hash` of the version this one adds to; ancestors: of
+    all versions it comes from, oldest first, the parent last. drift: what frozen admission meant for the rows added
+    (see `append`).
     """
 
     schema_version: Literal[2] = 2
@@ -109,8 +110,14 @@ class Manifest(_Part):
     config_hash: str
     pruned_files: int = 0
     parent: str | None = None
+    ancestors: tuple[str, ...] = ()
     drift: dict[str, int] | None = None
     ledger: tuple[LedgerEntry, ...]
+
+    @property
+    def lineage(self) -> frozenset[str]:
+        """`manifest_hash` of every version whose users, items and dense ids are in this one."""
+        return frozenset((*self.ancestors, *([self.parent] if self.parent else [])))
 
     @property
     def written(self) -> tuple[WrittenFile, ...]:
@@ -130,7 +137,8 @@ class Manifest(_Part):
 
     def to_json(self) -> bytes:
         """The content of manifest.json: the same bytes for the same manifest."""
-        return (json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n").encode()
+        content = self.model_dump(exclude=None if self.ancestors else {"ancestors"})  # most have none: no word of it
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def shard_schema(user_type: pa.DataType, weighted: bool = False) -> pa.Schema:

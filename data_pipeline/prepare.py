@@ -339,6 +339,7 @@ class _Job:
                 config_hash=config.hash(),
                 pruned_files=self._plan.pruned_files,
                 parent=None if parent is None else parent.hash,
+                ancestors=() if parent is None else parent.ancestors,
                 ledger=tuple(self._ledger),
             )
         except ValidationError as error:

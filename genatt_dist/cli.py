@@ -269,6 +269,10 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     inference: _Inference = None,
     split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    category: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Rank items of this category, for users whose target is one; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Rank every user's target against the whole catalogue with the best checkpoint."""
@@ -279,21 +283,33 @@ def evaluate(
     from genatt_dist.evaluation.run import evaluate_run
 
     with _progress("users") as advance:
-        report = evaluate_run(run, split, advance, inference or [])
+        report = evaluate_run(run, split, advance, inference or [], category or [])
     if as_json:
         print(json.dumps(report, indent=2))
         return
+    for note in report["notes"]:
+        _stderr().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    from genatt_dist.evaluation.metrics import DEFINITIONS
+
     table = Table(title=f"{report['model']} on {split}, {report['users']:,} users, checkpoint of step {report['step']}")
     table.add_column("metric")
     table.add_column("value", justify="right")
+    table.add_column("what it is", overflow="fold", style="dim")
+    told: set[str] = set()
     for name, value in report["metrics"].items():
-        table.add_row(name, f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.1e}")
+        kind = name.partition("@")[0]
+        table.add_row(
+            name,
+            f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.1e}",
+            "" if kind in told else DEFINITIONS.get(kind, ""),
+        )
+        told.add(kind)
     Console().print(table)
 
 
 @app.command(
     epilog=_examples(
-        "genatt recommend runs/beauty --users users.csv --k 10 --out top10.parquet",
+        "genatt recommend runs/beauty --users users.csv --k 10 --category Makeup --out top10.parquet",
         "genatt recommend runs/beauty --users histories.parquet --out top10.parquet   (with an item "
         "column: raw histories)",
     )
@@ -305,6 +321,13 @@ def recommend(
     ],
     out: Annotated[Path, typer.Option(help="Parquet file to write: user_id, rank, item_id, score.")],
     k: Annotated[int, typer.Option(help="Items a user gets.")] = 10,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="List items of this category alone; repeatable: of any of them."),
+    ] = None,
+    category_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of --users: the categories each user wants instead.")
+    ] = None,
     inference: _Inference = None,
 ) -> None:
     """Write the best k items for known users, or for raw histories of unknown ones."""
@@ -315,15 +338,44 @@ def recommend(
     from genatt_dist.serving.trained import load
 
     trained = load(run, inference or [])
-    requests = serving.read_requests(users, trained)
+    requests = serving.read_requests(users, trained, category_column)
     for note in requests.notes:
         _stderr().print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with _progress("users", len(requests.user_ids)) as advance:
-        table = serving.recommend(trained, requests, k, advance)
+        table = serving.recommend(trained, requests, k, advance, category or [])
     serving.write(table, out)
     Console().print(
         f"{out}: {table.height:,} rows for {len(requests.user_ids):,} users", highlight=False, soft_wrap=True
     )
+
+
+@app.command(
+    epilog=_examples(
+        "genatt checkpoints runs/beauty --verify",
+        "genatt checkpoints runs/beauty --export bundles/beauty",
+    )
+)
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
+    export: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write the best one (or --step) for one process: safetensors and config."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Only the checkpoint of this step.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List a run's checkpoints, check them, or export one for serving."""
+    from genatt_dist import runs
+
+    runs.read_config(run)
+    from genatt_dist.training.checkpoint import inventory
+
+    found = inventory.checkpoints(run, verify, export, step)
+    if as_json:
+        print(json.dumps(found.as_data(), indent=2))
+    else:
+        inventory.show(found, Console())
 
 
 @app.command(
@@ -438,6 +490,37 @@ def bench_steps(
     batches = {"training_batch": training_batch, "serving_batch": serving_batch}
     careful = {"num_items": items, "rounds": rounds, "variant_seconds": variant_seconds, "memory_mb": memory_limit}
     run(out, quick, select or [], extents, batches, careful, _stderr())
+
+
+@app.command(
+    epilog=_examples(
+        "genatt plan configs/quickstart.yaml --nodes 1 --gpus-per-node 2 --gpu cpu",
+        "genatt plan CONFIG --nodes 128 --gpus-per-node 8 --gpu h100 --items 500000000 --out plan.html "
+        "table.kind=sharded loss.kind=sampled",
+    )
+)
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. table.kind=sharded.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each, with a GPU each.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l4, or cpu.")] = "h100",
+    memory: Annotated[float | None, typer.Option(help="GiB of a rank; default: the device's.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="Catalogue, in place of the data's manifest.")] = None,
+    length: Annotated[
+        float | None, typer.Option(min=2, help="Interactions of a user on average, with --items; default: long ones.")
+    ] = None,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a drawing of what lies where (HTML).")] = None,
+) -> None:
+    """Estimate memory of each rank and time of a step on a cluster, without one. A model, not a measurement."""
+    from genatt_dist import config as configuration
+    from genatt_dist.plan.run import command
+
+    settings = {"nodes": nodes, "per_node": gpus_per_node, "gpu": gpu, "gib": memory}
+    command(configuration.load(config, overrides or []), settings, items, length, as_json, out, Console())
 
 
 @app.command(epilog=_examples("genatt quickstart", "genatt quickstart --data my_log.parquet --out runs/mine"))

@@ -27,6 +27,7 @@ from genatt_dist.attention.options import (
     RecurrentAttention,
     VariationalAttention,
 )
+from genatt_dist.embedding.feature_options import Feature
 from genatt_dist.embedding.options import TableConfig
 from genatt_dist.evaluation.options import EvaluationConfig
 from genatt_dist.loss.options import LossConfig
@@ -34,6 +35,8 @@ from genatt_dist.section import Section
 from genatt_dist.training.options import TrainingConfig
 
 PREFETCH_BYTES = 256 << 20
+# What embedding/summed.py has of a sharded table's optimizers.
+SUMMED_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 INFERENCE = ("inference", "mc_samples", "sampling_steps", "eta", "sample_blocks")
 
 
@@ -105,6 +108,7 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     table: TableConfig = TableConfig()
+    features: tuple[Feature, ...] = Field((), description="Tables beside the items': attributes, and context.")
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -117,17 +121,21 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         decoded, sharded = self.model.decoded, self.table.kind == "sharded"
-        if sharded and self.loss.kind == "full":
+        names = [feature.name for feature in self.features]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"features has name={twice[0]} twice: give one of them another name")
+        if not sharded and (apart := [feature.name for feature in self.features if feature.sharded]):
             raise ValueError(
-                "table.kind=sharded with loss.kind=full: no rank holds all rows to score; use "
-                "loss.kind=sampled (or bce), "
-                "or table.kind=replicated"
+                f"features.{apart[0]}.table=sharded with table.kind=replicated: sharded tables are looked up together "
+                "with the items'; set table.kind=sharded, or leave the feature replicated"
             )
-        if sharded and self.training.accumulation_steps > 1:
+        if sharded and self.loss.kind == "full":
+            _scored_whole(self.table)
+        if sharded and self.loss.kind != "full" and self.training.accumulation_steps > 1:
             raise ValueError(
-                "table.kind=sharded with training.accumulation_steps > 1: the fused table optimizer "
-                "updates rows inside every "
-                "backward, so the micro-batches would be separate updates; raise training.batch_sequences instead"
+                f"table.kind=sharded with loss.kind={self.loss.kind} and training.accumulation_steps > 1: the fused "
+                "table optimizer updates rows inside every backward, so the micro-batches would be separate updates; "
+                "raise training.batch_sequences instead, or use loss.kind=full"
             )
         if not sharded and self.table.learning_rate is not None:
             raise ValueError(
@@ -146,6 +154,24 @@ class RunConfig(Section):
                 "earlier positions; use condition=prefix, or data.targets=last"
             )
         return self
+
+
+def _scored_whole(table: TableConfig) -> None:
+    """Raise ValueError where the one update of a sharded table under the full softmax (embedding/summed.py) lacks what
+    the fused kernels have.
+    """
+    if table.optimizer not in SUMMED_OPTIMIZERS:
+        raise ValueError(
+            f"table.optimizer={table.optimizer} with table.kind=sharded and loss.kind=full: lookups and scores are "
+            f"summed before an update that is {', '.join(SUMMED_OPTIMIZERS)} only; use one of them, or "
+            "loss.kind=sampled"
+        )
+    for name in ("weight_decay", "max_norm", "managed_collision"):
+        if getattr(table, name):
+            raise ValueError(
+                f"table.{name} with table.kind=sharded and loss.kind=full: the update that sums lookups and scores "
+                f"does without it; drop table.{name}, or use loss.kind=sampled"
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -258,12 +284,13 @@ def _keys(location: Sequence[Any]) -> list[Any]:
 
 
 def _tags(field: Any) -> list[str]:
-    """The types a union of sections may have: `attention`, and `generator` inside a hybrid."""
+    """The types a union of sections may have: `attention`, `generator` inside a hybrid, and each of `features`."""
     unions: dict[Any, Any] = {
         "attention": Attention,
         "generator": HybridAttention.model_fields["generator"].annotation,
     }
-    return [kind.model_fields["type"].default for kind in _sections(unions.get(field))]
+    union = Feature if isinstance(field, int) else unions.get(field)  # the place in a list: only features is one
+    return [kind.model_fields["type"].default for kind in _sections(union)]
 
 
 def _fields(location: Sequence[Any]) -> set[str]:
@@ -272,7 +299,9 @@ def _fields(location: Sequence[Any]) -> set[str]:
     for part in location:
         following: list[Any] = []
         for kind in kinds:
-            if part in kind.model_fields:
+            if isinstance(part, int):
+                following.append(kind)
+            elif part in kind.model_fields:
                 following += _sections(kind.model_fields[part].annotation)
             elif kind.model_fields.get("type") is not None and kind.model_fields["type"].default == part:
                 following.append(kind)
@@ -281,6 +310,6 @@ def _fields(location: Sequence[Any]) -> set[str]:
 
 
 def _sections(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated, tuple):
         return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []

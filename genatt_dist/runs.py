@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import GenattError
+from data_pipeline.storage import check_access, redact
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
 from genatt_dist.launch.launchers import check_launcher, launch
@@ -18,7 +19,18 @@ from genatt_dist.launch.launchers import check_launcher, launch
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 # What may differ when a run is resumed: neither a checkpoint nor the schedule of rates depends on it.
-_RESUMABLE = {"world_size", "training.zero_stage", "training.max_seconds", "training.patience", "data.prefetch_bytes"}
+_RESUMABLE = {
+    "world_size",
+    "data.prefetch_bytes",
+    "table.sharding",
+    "training.zero_stage",
+    "training.max_seconds",
+    "training.patience",
+    "training.checkpoint_every",
+    "training.checkpoint.background",
+    "training.checkpoint.keep_last",
+    "training.checkpoint.keep_best",
+}
 
 
 def train(config: RunConfig, run: Path, launcher: str | None = None, resume: bool = False) -> dict[str, Any]:
@@ -33,6 +45,8 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
         _check_same(config, run)
     elif run.exists():
         raise GenattError(f"run directory {run} exists: choose another --run, or go on with it by --resume")
+    else:
+        _check_free(config, run)
     check_data(config)
     _create(config, run)
     try:
@@ -54,7 +68,9 @@ def check_data(config: RunConfig) -> None:
     from genatt_dist.data.sequences import Sequences
     from genatt_dist.embedding.table import check_shards
 
-    sequences = Sequences.read(config.data.path, verify=True, prefetch_bytes=config.data.prefetch_bytes)
+    sequences = Sequences.read(
+        config.data.path, verify=True, prefetch_bytes=config.data.prefetch_bytes, features=config.features
+    )
     TrainingBatches.plan(sequences, config.data, config.training).check(config.world_size, config.training.epochs)
     if (held_out := int(sequences.has_target("valid").sum())) < config.world_size:
         raise GenattError(
@@ -83,18 +99,49 @@ def _create(config: RunConfig, run: Path) -> None:
         raise GenattError(f"cannot write run directory {run}: {error.strerror}; choose another --run") from None
 
 
-def _check_same(config: RunConfig, run: Path) -> None:
-    from genatt_dist.training import checkpoint
+def _check_free(config: RunConfig, run: Path) -> None:
+    """Whether nothing lies where a fresh run will write checkpoints: it would remove what it takes for its own."""
+    if config.training.checkpoint.path is None:
+        return
+    from genatt_dist.training.checkpoint.store import Store
 
-    checkpoint.verify(checkpoint.newest(run))
-    ours, theirs = _flat(config.model_dump()), _flat(read_config(run).model_dump())
-    changed = sorted(
-        key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key) and key not in _RESUMABLE
-    )
+    check_access(config.training.checkpoint.path)
+    if Store.of(run, config.training.checkpoint).contents():
+        raise GenattError(
+            f"training.checkpoint.path={redact(config.training.checkpoint.path)} holds checkpoints already: choose "
+            "another one for each run, or go on with that run by --resume"
+        )
+
+
+def _check_same(config: RunConfig, run: Path) -> None:
+    """Whether the run's newest checkpoint is whole and can go on under `config`: what may differ is in `_RESUMABLE`.
+
+    Also the table's kind and optimizer, with all that belongs to them (only its rows are carried over), and the data,
+    where they are the same elsewhere or grew from what the checkpoint knows (then for more epochs, too).
+    """
+    from data_pipeline.format import load_manifest, manifest_hash
+    from genatt_dist.training.checkpoint.lineage import has_grown
+    from genatt_dist.training.checkpoint.store import Store
+
+    before = read_config(run) if (run / CONFIG).exists() else config  # which is told below to have no checkpoint
+    if before.training.checkpoint.path is not None:
+        check_access(before.training.checkpoint.path)
+    newest = Store.of(run, before.training.checkpoint).newest()
+    newest.verify()
+    ours, theirs = _flat(config.model_dump()), _flat(before.model_dump())
+    may = set(_RESUMABLE)
+    if (config.table.kind, config.table.optimizer) != (before.table.kind, before.table.optimizer):
+        may |= {key for key in ours if key.startswith("table.") and key != "table.init_std"}
+    if config.data.path != before.data.path:
+        may.add("data.path")
+        path = config.data.path
+        if has_grown(newest, load_manifest(path), manifest_hash(path), path):
+            may.add("training.epochs")
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key) and key not in may)
     if changed:
         shown = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in changed[:3])
         raise GenattError(
-            f"--resume of {run} with another configuration: {shown}; only {', '.join(sorted(_RESUMABLE))} may change"
+            f"--resume of {run} with another configuration: {shown}; only {', '.join(sorted(may))} may change"
         )
 
 

@@ -40,7 +40,7 @@ def refusal(file: Path, *overrides: str) -> str:
         ("modle.hidden_size=3", "unknown key modle: did you mean model?"),
         ("training.epoch=3", "unknown key training.epoch: did you mean training.epochs?"),
         ("loss.negatives=3", "unknown key loss.negatives: did you mean loss.num_negatives?"),
-        ("zzz=3", "unknown key zzz: known: data, evaluation, loss, model, table, training, world_size"),
+        ("zzz=3", "unknown key zzz: known: data, evaluation, features, loss, model, table, training, world_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override: str, message: str, file: Path) -> None:
@@ -72,7 +72,7 @@ def test_an_unknown_key_of_an_attention_names_the_nearest_of_its_type(file: Path
             "model.attention.rank=0: input should be greater than or equal to 1",
         ),
         (["training.epochs=many"], "training.epochs='many': input should be a valid integer"),
-        (["loss.kind=hinge"], "loss.kind='hinge': input should be 'full', 'sampled' or 'bce'"),
+        (["loss.kind=hinge"], "loss.kind='hinge': input should be 'full', 'sampled', 'bce' or 'gbce'"),
         (["training.zero_stage=4"], "training.zero_stage=4: input should be 0, 1, 2 or 3"),
         (["model.dropout=1.0"], "model.dropout=1.0: input should be less than 1"),
         (["data.max_len=null"], "data.max_len=None: input should be a valid integer"),
@@ -96,7 +96,16 @@ def test_a_missing_section_says_how_to_give_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "names", "mend"),
     [
-        (["table.kind=sharded"], ["table.kind=sharded", "loss.kind=full"], "use loss.kind=sampled"),
+        (
+            ["table.kind=sharded", "table.optimizer=adam"],
+            ["table.optimizer=adam", "loss.kind=full"],
+            "use one of them, or loss.kind=sampled",
+        ),
+        (
+            ["table.kind=sharded", "table.weight_decay=0.1"],
+            ["table.weight_decay", "loss.kind=full"],
+            "drop table.weight_decay",
+        ),
         (
             ["table.kind=sharded", "loss.kind=bce", "training.accumulation_steps=2"],
             ["table.kind=sharded", "training.accumulation_steps"],
@@ -148,6 +157,7 @@ def test_a_combination_that_cannot_work_is_refused(
     [
         ["table.kind=sharded", "loss.kind=sampled", "table.learning_rate=0.1"],
         ["table.kind=sharded", "loss.kind=bce"],
+        ["table.kind=sharded", "loss.kind=full", "training.accumulation_steps=2"],
         ["training.accumulation_steps=4"],
         ["training.precision=bf16", "training.zero_stage=3"],
         ["model.attention.type=variational", "model.attention.condition=last", "data.targets=last"],

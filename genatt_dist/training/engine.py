@@ -109,30 +109,50 @@ class Engine:
         ):
             yield
 
-    def state(self) -> dict[str, Tensor]:
-        """fp32 parameters, buffers and optimizer moments by name, whole, on the CPU. Collective."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters and buffers by their names in `state`."""
+        shapes = {f"parameter.{name}": tuple(_full_shape(value)) for name, value in self.module.named_parameters()}
+        return shapes | {f"buffer.{name}": tuple(value.shape) for name, value in self.module.named_buffers()}
+
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """fp32 parameters, buffers and optimizer moments by name, whole, copied to the CPU. Collective.
+
+        keep: False for a rank that only helps the others; it gets nothing, and holds one whole tensor at a time.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        tensors = {f"buffer.{name}": value for name, value in self.module.named_buffers()}
+        kept: dict[str, Tensor] = {}
+
+        def take(name: str, value: Tensor) -> None:
+            if keep:
+                kept[name] = value.detach().to("cpu", copy=True).contiguous()
+
+        for name, value in self.module.named_buffers():
+            take(f"buffer.{name}", value)
         if with_moments := self._has_moments():
             self._link_moments()
+        partitioned = self._engine.zero_optimization_stage() > 0
         for name, parameter in self.module.named_parameters():
-            if self._engine.zero_optimization_stage() == 0:
-                tensors[f"parameter.{name}"] = parameter.detach()
-                moments = self._base.state.get(parameter, {})
-            else:
-                tensors[f"parameter.{name}"] = safe_get_full_fp32_param(parameter).view(_full_shape(parameter))
+            shape = _full_shape(parameter)
+            take(f"parameter.{name}", safe_get_full_fp32_param(parameter).view(shape) if partitioned else parameter)
+            if partitioned:
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS if with_moments}
-            tensors |= {
-                f"{key}.{name}": moments[key].view(_full_shape(parameter)) for key in _MOMENTS if key in moments
-            }
-        return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+            else:
+                moments = {key: value for key, value in self._base.state.get(parameter, {}).items() if key in _MOMENTS}
+            for key, moment in moments.items():
+                take(f"{key}.{name}", moment.view(shape))
+        return kept
 
     def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take what `state` gave, at any world size and ZeRO stage; `step` is the number of updates behind it.
         Collective.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         stage = self._engine.zero_optimization_stage()
         with_moments = any(name.startswith(_MOMENTS[0]) for name in tensors)
@@ -150,7 +170,13 @@ class Engine:
                     for key, moment in moments.items():
                         self._base.state[parameter][key].copy_(moment)
                     continue
-                safe_set_full_fp32_param(parameter, tensors[f"parameter.{name}"].to(self._engine.device))
+                whole = tensors[f"parameter.{name}"].to(self._engine.device)
+                if stage == 3:
+                    safe_set_local_fp32_param(parameter, _part(parameter, whole))
+                    for key, moment in moments.items():
+                        safe_set_local_optimizer_state(parameter, _part(parameter, moment), key)
+                    continue
+                safe_set_full_fp32_param(parameter, whole)
                 for key, moment in moments.items():
                     safe_set_full_optimizer_state(parameter, moment, key)
 
@@ -193,7 +219,7 @@ def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        table = "items" in name or "position" in name
+        table = "items" in name or "position" in name or name.startswith("features.")
         matrix = parameter.ndim > 1 and not table and not name.endswith(".bias")
         (decayed if matrix and config.weight_decay else rest).append(parameter)
     groups = [{"params": rest, "weight_decay": 0.0}]
@@ -202,6 +228,16 @@ def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8, fused=True)
+
+
+def _part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """What ZeRO-3 keeps on this rank of a tensor as large as the parameter: equal parts, the last ones padded.
+
+    DeepSpeed 0.19 sets whole tensors of a parameter only where its size is a multiple of the number of ranks.
+    """
+    size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    padded = nn.functional.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
+    return padded.narrow(0, size * dist.get_rank(), size)
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

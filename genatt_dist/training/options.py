@@ -9,6 +9,23 @@ from pydantic import Field
 from genatt_dist.section import Section
 
 
+class CheckpointConfig(Section):
+    """Where checkpoints go, how they are written and how many stay."""
+
+    path: str | None = Field(
+        None,
+        description="Directory of this run's checkpoints alone, any fsspec URL; default: checkpoints/ in the run "
+        "directory.",
+    )
+    background: bool = Field(
+        True,
+        description="Training goes on while a copy of this rank's tables, their optimizer state and (rank 0) the dense "
+        "state is written: it takes that much memory more.",
+    )
+    keep_last: int = Field(1, ge=1, description="Newest checkpoints kept.")
+    keep_best: int = Field(1, ge=1, description="Checkpoints with the best validation NDCG@10 kept beside them.")
+
+
 class TrainingConfig(Section):
     """How long, how fast and with which optimizer."""
 
@@ -39,4 +56,5 @@ class TrainingConfig(Section):
         ge=1,
         description="Updates between checkpoints inside an epoch; one is written after each evaluation anyway.",
     )
+    checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = Field(0, ge=0)

@@ -5,19 +5,20 @@ Order within a step, and why:
 1. candidates are drawn (keyed: the same on every rank), so that histories, targets and negatives are looked up in one
    call;
 2. a sharded table looks them up outside DeepSpeed; a replicated one inside the dense module, which owns it;
+   the full softmax scores all rows besides: of a sharded table each rank its own, for the targets of all ranks;
 3. the loss is Σ over the global batch's targets / their number; each rank adds its share, times the world size because
    both DeepSpeed and TorchRec average over ranks;
 4. one backward: the fused table optimizer updates rows in it (so its rate is set before), DeepSpeed reduces dense
    gradients;
-5. the dense optimizer steps.
+5. the dense optimizer steps, and under the full softmax the sharded table, whose rows had gradients from both sides.
 
-Legend: B sequences, N positions, M window items, D width, K samples of the map.
+Legend: B sequences, N positions, T trained ones, M window items, D width, K samples of the map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -27,19 +28,17 @@ from torch import Tensor, nn
 from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig, VariationalAttention
 from genatt_dist.data.batches import Batch
+from genatt_dist.embedding.features import FeatureTables, looked_up, sharded_ids
+from genatt_dist.embedding.summed import Catalogue, SummedUpdate
 from genatt_dist.embedding.table import ReplicatedTable
-from genatt_dist.loss.full import full_loss, full_nll
-from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll
+from genatt_dist.loss.full import default_chunk, full_loss, full_nll
+from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll, trained
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
 from genatt_dist.model.jagged import Jagged
 
 if TYPE_CHECKING:
     from genatt_dist.embedding.sharded import ShardedTable
-
-# A chunk's block of logits: on the CPU it should stay in cache, on a GPU it should fill the device.
-_LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-_LEAST_CHUNK = 32
 
 
 class Losses(NamedTuple):
@@ -60,9 +59,10 @@ class Scale:
 
 
 class DenseModel(nn.Module):
-    """Everything DeepSpeed owns: the backbone, the loss, and the item rows when they are replicated."""
+    """Everything DeepSpeed owns: the backbone, the loss, and the rows of items and features that are replicated."""
 
-    def __init__(self, config: RunConfig, num_items: int) -> None:
+    def __init__(self, config: RunConfig, num_items: int, feature_rows: Mapping[str, int] | None = None) -> None:
+        """feature_rows: rows of each feature's table, by name, where the configuration has features."""
         super().__init__()
         self.config = config
         self.backbone = Backbone(config.model, config.data.max_len)
@@ -71,6 +71,7 @@ class DenseModel(nn.Module):
             if config.table.kind == "replicated"
             else None
         )
+        self.features = FeatureTables(config, feature_rows or {}) if config.features else None
 
     def forward(
         self,
@@ -80,9 +81,11 @@ class DenseModel(nn.Module):
         rows: Tensor | None,
         scale: Scale,
         total: Callable[[Tensor], Tensor],
+        catalogue: Catalogue | None = None,
+        feature_rows: Mapping[str, Tensor] | None = None,
     ) -> Losses:
         """Shares of both losses. rows: those of `candidates.ids` from a sharded table, or None to use the replicated
-        one.
+        one. catalogue: what the full softmax scores of a sharded table. feature_rows: those of `sharded_ids`, by name.
         """
         if rows is None:
             assert self.items is not None
@@ -90,6 +93,8 @@ class DenseModel(nn.Module):
         rows = rows.to(next(self.backbone.parameters()).dtype)
         samples = _train_samples(self.config)
         inputs_ND = rows[batch.input_index_N]
+        if self.features is not None:
+            inputs_ND = inputs_ND + self.features(batch.features, feature_rows or {}).to(rows.dtype)
         context = Context(
             layout=_repeated(batch.layout, samples),
             noise=noise,
@@ -97,34 +102,33 @@ class DenseModel(nn.Module):
             total=total,
         )
         output = self.backbone(inputs_ND.repeat(samples, 1) if samples > 1 else inputs_ND, context)
-        nll = self._nll_sum(output.states_ND.chunk(samples), rows, batch, candidates)
+        temperature = self.config.loss.temperature
+        states_KTD = [trained(batch, states_ND) for states_ND in output.states_ND.chunk(samples)]
+        states_KTD = states_KTD if temperature == 1 else [states_TD / temperature for states_TD in states_KTD]
+        if self.config.loss.kind == "full":
+            nll = self._full_nll_sum(states_KTD, trained(batch, batch.targets_N), catalogue)
+        else:
+            nll_KT = torch.stack([candidate_nll(states_TD, rows, batch, candidates) for states_TD in states_KTD])
+            nll = -_log_mean_exp(-nll_KT).sum()
         return Losses(nll / scale.num_targets, output.generative_loss * (batch.num_tokens / scale.num_tokens))
 
-    def _chunk(self, device: torch.device) -> int:
-        """Targets of one chunk of the full softmax: as configured, or as many as fit the block's budget of bytes."""
-        assert self.items is not None
-        fitting = _LOGITS_BYTES[device.type] // (4 * len(self.items.weight))
-        return self.config.loss.chunk_tokens or max(_LEAST_CHUNK, fitting)
-
-    def _nll_sum(self, states_K: tuple[Tensor, ...], rows: Tensor, batch: Batch, candidates: Candidates) -> Tensor:
-        """Σ over trained targets of the negative log-likelihood, or of its K-sample bound."""
-        if self.config.loss.kind != "full":
-            nll_KN = torch.stack([candidate_nll(states_ND, rows, batch, candidates) for states_ND in states_K])
-            nll_KN = nll_KN if batch.chosen is None else nll_KN[:, batch.chosen]
-            return -_log_mean_exp(-nll_KN).sum()
-        assert self.items is not None
-        weight_VD, chunk, targets_N = self.items.weight[1:], self._chunk(rows.device), batch.targets_N - 1
-        if batch.chosen is not None:
-            states_K, targets_N = tuple(states_ND[batch.chosen] for states_ND in states_K), targets_N[batch.chosen]
-        ones_N = torch.ones(len(targets_N), device=targets_N.device)
-        if len(states_K) == 1:
-            return full_loss(states_K[0], weight_VD, targets_N, ones_N, chunk)
+    def _full_nll_sum(self, states_KTD: list[Tensor], targets_T: Tensor, catalogue: Catalogue | None) -> Tensor:
+        """Σ over targets of the full softmax's negative log-likelihood, or of its K-sample bound."""
+        if catalogue is None:
+            assert self.items is not None
+            catalogue = Catalogue(self.items.weight, None, len(self.items.weight))
+        items_VD = catalogue.rows_VD
+        chunk = self.config.loss.chunk_tokens or default_chunk(catalogue.most_rows, items_VD.device.type)
+        where = (chunk, catalogue.padding, catalogue.first_row)
+        ones_T = torch.ones(len(targets_T), device=targets_T.device)
+        if len(states_KTD) == 1:
+            return full_loss(states_KTD[0], items_VD, targets_T, ones_T, *where)
         # d/dθ of −log mean_k exp(−nll_k) is Σ_k softmax(−nll)_k · d nll_k/dθ: fixed weights turn it into the linear
         # loss that `full_loss` differentiates, and its value is put right afterwards.
-        nll_KN = torch.stack([full_nll(states_ND, weight_VD, targets_N, chunk) for states_ND in states_K])
-        share_KN = torch.softmax(-nll_KN, 0)
-        linear = full_loss(torch.cat(states_K), weight_VD, targets_N.repeat(len(states_K)), share_KN.flatten(), chunk)
-        return linear + (-_log_mean_exp(-nll_KN).sum() - linear.detach())
+        nll_KT = torch.stack([full_nll(states_TD, items_VD, targets_T, *where) for states_TD in states_KTD])
+        share_KT, targets = torch.softmax(-nll_KT, 0), targets_T.repeat(len(states_KTD))
+        linear = full_loss(torch.cat(states_KTD), items_VD, targets, share_KT.flatten(), *where)
+        return linear + (-_log_mean_exp(-nll_KT).sum() - linear.detach())
 
 
 class DenseEngine(Protocol):
@@ -153,6 +157,7 @@ class JointStep:
         """table: the sharded one, or None where the dense model holds the rows. total: sums a tensor over ranks."""
         self._config, self._engine = config, engine
         self._candidature, self._table, self._world_size, self._total = candidature, table, world_size, total
+        self._summed = SummedUpdate(table, config.table) if table and config.loss.kind == "full" else None
 
     def __call__(self, batches: list[Batch], step: int, gamma: float) -> Losses:
         """Forward, backward and update; returns the update's loss shares, detached. gamma: weight of the generative
@@ -163,14 +168,20 @@ class JointStep:
         for index, batch in enumerate(batches):
             losses = self._one(batch, step * len(batches) + index, gamma, scale)
             shares.append(torch.stack((losses.recommendation.detach(), losses.generative.detach())))
+        if self._summed:
+            self._summed.update()
         return Losses(*torch.stack(shares).sum(0))
 
     def _one(self, batch: Batch, draw: int, gamma: float, scale: Scale) -> Losses:
         seed = self._config.training.seed
         noise = training_noise(batch, seed, draw, self._config)
         candidates = self._candidature.draw(batch, noise, seed, draw)
-        rows = self._table.lookup(candidates.ids) if self._table else None
-        losses = self._engine(batch, candidates, noise, rows, scale, self._total)
+        lookup = self._summed or self._table
+        rows, others = None, None
+        if lookup:
+            rows, others = looked_up(lookup, candidates.ids, sharded_ids(self._config.features, batch.features))
+        catalogue = self._summed.catalogue if self._summed else None
+        losses = self._engine(batch, candidates, noise, rows, scale, self._total, catalogue, others)
         self._engine.backward((losses.recommendation + gamma * losses.generative) * self._world_size)
         self._engine.step()
         return losses

@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
@@ -23,12 +22,16 @@ from genatt_dist.config import RunConfig
 from genatt_dist.data.ahead import Waiting
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.features import sharded_specs, with_features
 from genatt_dist.embedding.table import ItemTable
 from genatt_dist.evaluation.diagnose import diagnose
 from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
 from genatt_dist.loss.objective import Candidature
-from genatt_dist.training import checkpoint
+from genatt_dist.training.checkpoint.progress import Progress
+from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.engine import Engine, init_process_group, select_device, sum_over_ranks
+from genatt_dist.training.resuming import resume as resumed
+from genatt_dist.training.saving import Saver
 from genatt_dist.training.schedule import gamma_factor, rate_factor
 from genatt_dist.training.step import DenseModel, JointStep, Losses
 from genatt_dist.training.telemetry import Telemetry, write_environment
@@ -66,12 +69,14 @@ class Trainer:
     def __init__(self, run: Path, config: RunConfig, device: torch.device, launcher: str, resume: bool) -> None:
         self._run, self._config, self._device, self._launcher = run, config, device, launcher
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._sequences = Sequences.read(config.data.path, prefetch_bytes=config.data.prefetch_bytes)
+        self._sequences = Sequences.read(
+            config.data.path, prefetch_bytes=config.data.prefetch_bytes, features=config.features
+        )
+        feature_rows = self._sequences.features.num_rows
         self.batches = TrainingBatches.plan(self._sequences, config.data, config.training)
-        self._total_steps = config.training.epochs * self.batches.num_batches // config.training.accumulation_steps
 
         torch.manual_seed(config.training.seed)  # fresh dense weights; all later draws are keyed
-        self._engine = Engine(DenseModel(config, self._sequences.num_items), config.training)
+        self._engine = Engine(DenseModel(config, self._sequences.num_items, feature_rows), config.training)
         self._dense = cast(DenseModel, self._engine.module)
         self._sharded = None
         if config.table.kind == "sharded":
@@ -84,6 +89,7 @@ class Trainer:
                 config.table_learning_rate,
                 config.training.seed,
                 device,
+                sharded_specs(config, feature_rows),
             )
         self._step = JointStep(
             config,
@@ -95,24 +101,37 @@ class Trainer:
             self._world_size,
             sum_over_ranks,
         )
-        self._progress = checkpoint.Progress(self._sequences.manifest_hash)
+        store = Store.of(run, config.training.checkpoint)
+        self._saver = Saver(store, config, self._engine, self._sharded, device)
+        self._progress = Progress(
+            self._sequences.manifest_hash, vocabulary_hash=self._sequences.manifest.vocabulary.sha256
+        )
+        self._notes: list[str] = []
         if resume:
-            self._load(checkpoint.newest(run))
+            found = resumed(store.newest(), config, self._sequences, self._engine, self._sharded)
+            self._progress, self._notes = found.progress, found.notes
+        begun, left = self._progress.begun_step, config.training.epochs - self._progress.begun_epoch
+        self._total_steps = begun + left * self.batches.num_batches // config.training.accumulation_steps
 
     @property
     def _table(self) -> ItemTable:
         table = self._sharded or self._dense.items
         assert table is not None
-        return table
+        return with_features(table, self._dense.features)
 
     def run(self) -> Summary:
         """All epochs that are left."""
         title = self._config.model.attention.type
-        with Telemetry(
-            self._run, title, self._total_steps, active=self._rank == 0, first_step=self._progress.step
-        ) as self._telemetry:
+        with (
+            Telemetry(
+                self._run, title, self._total_steps, active=self._rank == 0, first_step=self._progress.step
+            ) as self._telemetry,
+            self._saver,
+        ):
             if self._rank == 0:
                 write_environment(self._run, self._device)
+            for note in self._notes:
+                self._telemetry.say(f"note: {note}")
             self._signs = FailureSigns(self._config, self._total_steps, self._telemetry.records())
             self._started = time.perf_counter() - self._progress.seconds
             # An epoch that was begun is ended, as it would have been without the stop.
@@ -162,7 +181,9 @@ class Trainer:
             progress.step += 1
             progress.batch += len(part)
             progress.sequences += sum(one.num_sequences for one in part)
+            progress.metric = None
             part = []
+            self._saver.check()
             self._telemetry.advance(progress.step)
             # Every rank logs at the same steps: the losses are summed over ranks.
             ended = progress.batch == self.batches.num_batches  # then validation comes first and saves
@@ -232,6 +253,7 @@ class Trainer:
         progress, metric = self._progress, result.metrics[SELECTION]
         metrics = result.metrics | diagnosis.values
         improved = metric > progress.best_metric
+        progress.metric = metric
         if improved:
             progress.best_metric, progress.best_step, progress.best_metrics = metric, progress.step, metrics
         progress.stale = 0 if improved else progress.stale + 1
@@ -250,52 +272,9 @@ class Trainer:
         return last
 
     def _save(self) -> None:
-        """Write a checkpoint: every rank its rows, rank 0 the rest. Collective."""
+        """Write a checkpoint, or begin to. Collective."""
         self._progress.seconds = time.perf_counter() - self._started
-        try:
-            self._write()
-        except (OSError, SafetensorError) as error:
-            raise GenattError(
-                f"cannot write a checkpoint of step {self._progress.step} into {self._run}: {error}; free some "
-                "space or mend its permissions, then go on by --resume"
-            ) from None
-
-    def _write(self) -> None:
-        final = checkpoint.folder(self._run, self._progress.step)
-        path = final.with_suffix(".tmp")
-        if self._rank == 0:
-            checkpoint.prepare(final)
-        dist.barrier()
-        if self._sharded and len(self._sharded.rows_VD):
-            part = checkpoint.TablePart(self._sharded.first_row, self._sharded.rows_VD, self._sharded.optimizer_state)
-            checkpoint.write_table(path, self._rank, part)
-        dense = self._engine.state()
-        dist.barrier()
-        if self._rank == 0:
-            checkpoint.write_dense(path, dense, self._progress, configuration.dump(self._config))
-            checkpoint.publish(final, keep={checkpoint.folder(self._run, self._progress.best_step)})
-        dist.barrier()
-
-    def _load(self, path: Path) -> None:
-        if self._rank == 0:
-            checkpoint.verify(path)
-        dist.barrier()
-        progress = checkpoint.read_progress(path)
-        if progress.manifest_hash != self._progress.manifest_hash:
-            raise GenattError(
-                f"checkpoint {path} was trained on data with manifest {progress.manifest_hash[:12]}…, "
-                f"{self._config.data.path} has "
-                f"{self._progress.manifest_hash[:12]}…: resume with the data it began with"
-            )
-        self._engine.load_state(checkpoint.read_dense(path), progress.step)
-        if self._sharded and len(self._sharded.rows_VD):
-            part = checkpoint.read_table(path, self._sharded.first_row, len(self._sharded.rows_VD))
-            if part is None:
-                raise GenattError(f"checkpoint {path} has no sharded table, but table.kind=sharded")
-            self._sharded.rows_VD.copy_(part.rows)
-            for name, state in self._sharded.optimizer_state.items():
-                state.copy_(part.optimizer[name])
-        self._progress = progress
+        self._saver.save(self._progress)
 
     def _summarise(self) -> Summary:
         progress, config = self._progress, self._config

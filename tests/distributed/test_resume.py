@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
+import torch
 
 from data_pipeline.errors import GenattError
 from data_pipeline.format import load_manifest
 from genatt_dist import config as configuration
 from genatt_dist import runs
 from genatt_dist.config import RunConfig
-from genatt_dist.training import checkpoint
+from genatt_dist.embedding.table import ITEM_TABLE, TableShard
+from genatt_dist.training.checkpoint.read import Checkpoint
+from genatt_dist.training.checkpoint.store import Store
 
 pytestmark = pytest.mark.distributed
 
@@ -90,7 +93,7 @@ def whole_and_stopped(
     ranks.run(train, 2, whole)
     ranks.run(train, 2, stopped, False, True)
     assert max(_losses(stopped)) < max(_losses(whole))
-    assert checkpoint.read_progress(checkpoint.newest(stopped)).epoch == _STOPPED_EPOCH
+    assert newest(stopped).progress.epoch == _STOPPED_EPOCH
     return config, whole, stopped
 
 
@@ -117,7 +120,7 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     assert expected.keys() == found.keys()
     loss = max(abs(expected[step] - found[step]) for step in expected)
     num_rows = load_manifest(config.data.path).num_items + 1
-    weights = _largest_difference(checkpoint.newest(whole), checkpoint.newest(resumed), num_rows)
+    weights = _largest_difference(newest(whole), newest(resumed), num_rows)
     print(f"largest differences of losses {loss:.1e}, of weights and optimizer state {weights:.1e}")
     assert loss <= tolerance
     assert weights <= tolerance
@@ -136,13 +139,13 @@ def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
     whole, stopped = write_config(tmp_path / "whole", config), write_config(tmp_path / "stopped", config)
     ranks.run(train, 2, whole)
     ranks.run(train, 2, stopped, False, True, 2)
-    progress = checkpoint.read_progress(checkpoint.newest(stopped))
+    progress = newest(stopped).progress
     assert progress.epoch == _STOPPED_EPOCH
     assert progress.batch > 0
     ranks.run(train, 2, stopped, True)
     assert _losses(stopped) == pytest.approx(_losses(whole), abs=1e-6)
     num_rows = load_manifest(config.data.path).num_items + 1
-    assert _largest_difference(checkpoint.newest(whole), checkpoint.newest(stopped), num_rows) <= 1e-6
+    assert _largest_difference(newest(whole), newest(stopped), num_rows) <= 1e-6
 
 
 def test_epoch_that_was_begun_is_ended_although_time_is_up(
@@ -183,7 +186,7 @@ def stopped_run(whole_and_stopped: tuple[RunConfig, Path, Path], tmp_path: Path)
 def test_corrupted_byte_of_a_checkpoint_is_named(stopped_run: tuple[RunConfig, Path]) -> None:
     """Before any process starts, and by the ranks too when they are started without that check."""
     config, run = stopped_run
-    for path in sorted(checkpoint.newest(run).iterdir()):
+    for path in sorted(Path(newest(run).path).iterdir()):
         if path.name == "COMPLETE":
             continue
         content = bytearray(path.read_bytes())
@@ -204,18 +207,17 @@ def test_resuming_with_other_data_is_refused(
     write_config(run, config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})}))
     for error in ranks.run(told_error, 2, run, True):
         assert "was trained on data with manifest" in error
-        assert "resume with the data it began with" in error
+        assert "does not descend from it: resume with the data it began with" in error
 
 
-def test_unpublished_checkpoint_is_ignored(stopped_run: tuple[RunConfig, Path]) -> None:
-    """A kill may come while a checkpoint is written, or after it was sealed and before it got its name."""
+def test_unfinished_checkpoint_is_ignored(stopped_run: tuple[RunConfig, Path]) -> None:
+    """A kill may come while a checkpoint is written."""
     _, run = stopped_run
-    published = checkpoint.newest(run)
-    for name, sealed in (("step-99999998.tmp", False), ("step-99999999.tmp", True)):
-        shutil.copytree(published, published.with_name(name))
-        if not sealed:
-            (published.with_name(name) / "COMPLETE").unlink()
-    assert checkpoint.newest(run) == published
+    complete = newest(run)
+    later = Path(complete.path).with_name("step-99999999")
+    shutil.copytree(complete.path, later)
+    (later / "COMPLETE").rename(later / "COMPLETE.tmp")
+    assert newest(run).path == complete.path
 
 
 def test_loss_that_is_no_number_stops_all_ranks_with_one_line(
@@ -235,18 +237,24 @@ def _losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] + line["generative_loss"] for line in lines if line["kind"] == "train"}
 
 
-def _largest_difference(left: Path, right: Path, num_rows: int) -> float:
+def newest(run: Path) -> Checkpoint:
+    """The newest complete checkpoint of a run that keeps them in its directory."""
+    return Store.of(run, runs.read_config(run).training.checkpoint).newest()
+
+
+def _largest_difference(left: Checkpoint, right: Checkpoint, num_rows: int) -> float:
     """Over all tensors of two checkpoints: dense weights, moments, buffers, rows and their state."""
     ours, theirs = _tensors(left, num_rows), _tensors(right, num_rows)
     assert ours.keys() == theirs.keys()
-    assert checkpoint.read_progress(left).step == checkpoint.read_progress(right).step
+    assert left.progress.step == right.progress.step
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
 
 
-def _tensors(path: Path, num_rows: int) -> dict[str, np.ndarray]:
-    tensors = {name: value.numpy() for name, value in checkpoint.read_dense(path).items()}
-    part = checkpoint.read_table(path, 0, num_rows)
-    if part is None:
+def _tensors(source: Checkpoint, num_rows: int) -> dict[str, np.ndarray]:
+    tensors = {name: value.numpy() for name, value in source.dense().items()}
+    if not source.rectangles:
         return tensors
-    assert set(part.optimizer) == {"momentum1"}
-    return tensors | {"table": part.rows.numpy()} | {name: value.numpy() for name, value in part.optimizer.items()}
+    state = torch.full((num_rows,), torch.nan)
+    whole = TableShard(ITEM_TABLE, 0, 0, torch.empty(num_rows, 16), {"momentum1": state})
+    source.read_shard(whole)
+    return tensors | {"table": whole.rows.numpy(), "momentum1": state.numpy()}

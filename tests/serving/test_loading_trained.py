@@ -1,19 +1,23 @@
 """A run is served by one process with the best checkpoint's weights, whatever ranks and tables wrote it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_data import run_config
 
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.table import TableShard
 from genatt_dist.evaluation.run import evaluate_run
 from genatt_dist.serving.trained import load
-from genatt_dist.training import checkpoint
-from genatt_dist.training.checkpoint import Progress, TablePart
+from genatt_dist.training.checkpoint import inventory, write
+from genatt_dist.training.checkpoint.progress import Progress
+from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.step import DenseModel
 
 
@@ -32,18 +36,16 @@ def write_run(run: Path, prepared: Path, table: str) -> tuple[DenseModel, torch.
         rows = torch.randn(sequences.num_items + 1, config.model.hidden_size)
         if model.items is not None:
             model.items.weight.data = rows
-        final = checkpoint.folder(run, step)
-        path = checkpoint.prepare(final)
+        path = Store.of(run, config.training.checkpoint).path(step)
         state = {f"parameter.{name}": value.detach() for name, value in model.named_parameters()}
         state |= {f"buffer.{name}": value for name, value in model.named_buffers()}
         state |= {f"exp_avg.{name}": torch.ones_like(value) for name, value in model.named_parameters()}
-        if table == "sharded":
-            for rank, (low, high) in enumerate([(0, 17), (17, len(rows))]):
-                part = TablePart(low, rows[low:high], {"momentum1": torch.zeros(high - low)})
-                checkpoint.write_table(path, rank, part)
+        bounds = [(0, 17), (17, len(rows))] if table == "sharded" else [(0, 0)]
+        for rank, (low, high) in enumerate(bounds):
+            shard = TableShard("item", low, 0, rows[low:high], {"momentum1": torch.zeros(high - low)})
+            write.write_part(path, rank, step, [shard] if table == "sharded" else [])
         progress = Progress(sequences.manifest_hash, step, best_step=20, best_metric=0.5)
-        checkpoint.write_dense(path, {name: value.clone() for name, value in state.items()}, progress, "")
-        checkpoint.publish(final, keep={checkpoint.folder(run, 20), checkpoint.folder(run, 30)})
+        write.seal(path, step, len(bounds), write.Whole(state, progress, configuration.dump(config)))
     return model, rows
 
 
@@ -104,3 +106,44 @@ def test_a_checkpoint_of_another_model_is_refused(prepared: Path, tmp_path: Path
     file.write_text(file.read_text().replace("latent_size: 32", "latent_size: 31"))
     with pytest.raises(GenattError, match=r"does not fit the model of this version: \d+ tensors differ, the first is"):
         load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("table", ["replicated", "sharded"])
+def test_exported_bundle_serves_as_its_run_does(table: str, prepared: Path, tmp_path: Path) -> None:
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    write_run(run, prepared, table)
+    found = inventory.checkpoints(run, verify=True, out=str(bundle))
+    assert [(one.step, one.newest, one.best) for one in found.checkpoints] == [(20, False, True), (30, True, False)]
+    assert (found.verified, found.bundle) == ([20, 30], {"step": 20, "out": str(bundle)})
+    shutil.rmtree(run / "checkpoints")
+    assert {path.name for path in bundle.iterdir()} == {
+        "dense.safetensors", "config.yaml", "progress.json", "bundle.json", "COMPLETE"
+    }  # fmt: skip
+    facts = json.loads((bundle / "bundle.json").read_text())
+    sequences = Sequences.read(str(prepared))
+    assert facts["manifest_hash"] == sequences.manifest_hash
+    assert facts["num_items"] == sequences.num_items
+    trained, (model, rows) = load(bundle), write_run(tmp_path / "again", prepared, table)
+    assert trained.step == 20
+    assert torch.equal(trained.table.weight.cpu(), rows)
+    expected = model.backbone.state_dict()
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in trained.backbone.state_dict().items())
+    assert not any(name.startswith("exp_avg") for name in load_file(bundle / "dense.safetensors"))
+    with pytest.raises(GenattError, match="exists already"):
+        inventory.checkpoints(tmp_path / "again", out=str(bundle))
+
+
+def test_a_step_that_is_not_there_and_a_damaged_file_are_named(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, prepared, "sharded")
+    with pytest.raises(GenattError, match="no complete checkpoint of step 25: it has those of steps 20, 30"):
+        inventory.checkpoints(run, step=25)
+    file = run / "checkpoints" / "step-00000030" / "table-00001-00.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert inventory.checkpoints(run, verify=True, step=20).verified == [20]
+    for out in (None, str(tmp_path / "bundle")):
+        with pytest.raises(GenattError, match=r"step-00000030: table-00001-00\.safetensors has sha256"):
+            inventory.checkpoints(run, verify=out is None, out=out, step=30)
+    assert not (tmp_path / "bundle").exists()

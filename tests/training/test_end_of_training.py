@@ -12,7 +12,8 @@ import torch
 
 from genatt_dist import config as configuration
 from genatt_dist.evaluation.diagnose import Diagnosis
-from genatt_dist.training import checkpoint, trainer
+from genatt_dist.training import trainer
+from genatt_dist.training.checkpoint.progress import Progress
 from genatt_dist.training.warnings import FailureSigns
 
 
@@ -25,9 +26,10 @@ class Idle(trainer.Trainer):
         self._run, self._config, self._device = run, configuration.parse(config, "of a test"), torch.device("cpu")
         self._rank, self._world_size, self._launcher, self._total_steps = 0, 1, "process", 100
         self._engine = SimpleNamespace(train=lambda training: None, gathered=contextlib.nullcontext)  # type: ignore
-        self._dense = SimpleNamespace(backbone=None, items=object())  # type: ignore
+        self._dense = SimpleNamespace(backbone=None, items=object(), features=None)  # type: ignore
         self._sharded = self._sequences = None  # type: ignore
-        self._progress = checkpoint.Progress("hash")
+        self._progress, self._notes = Progress("hash"), []
+        self._saver = contextlib.nullcontext()  # type: ignore
 
     def _train_epoch(self) -> None:
         self._progress.step += 10
