@@ -14,7 +14,8 @@ from data_pipeline.errors import GenattError
 from data_pipeline.storage import check_access, redact
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
-from genatt_dist.launch.launchers import check_launcher, launch
+from genatt_dist.embedding.options import check_device
+from genatt_dist.launch.launchers import check_launcher, device_type, launch
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -62,11 +63,14 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
 
 def check_data(config: RunConfig) -> None:
     """Whether the shards are whole (sha256), every rank gets a sequence of every batch, a user to validate on
-    and, of a sharded table, a row.
+    and, of a sharded table, a row; and whether the ranks' device has the kernels that the table asks for.
     """
+    import torch
+
     from genatt_dist.data.batches import TrainingBatches
     from genatt_dist.data.sequences import Sequences
     from genatt_dist.embedding.table import check_shards
+    from genatt_dist.evaluation.categories import categories_of
 
     sequences = Sequences.read(
         config.data.path, verify=True, prefetch_bytes=config.data.prefetch_bytes, features=config.features
@@ -78,8 +82,11 @@ def check_data(config: RunConfig) -> None:
             f"{sequences.manifest.split.rule}), fewer than world_size={config.world_size}: prepare it with more users, "
             "or another split"
         )
+    categories_of(sequences, config.evaluation.category_column, torch.device("cpu"))
     if config.table.kind == "sharded":
-        check_shards(sequences.num_items + 1, config.world_size)
+        check_device(config.table, device_type(config.world_size))
+        if config.table.sharding != "table_wise":
+            check_shards(sequences.num_items + 1, config.world_size)
 
 
 def read_config(run: Path) -> RunConfig:

@@ -26,6 +26,15 @@ _GRACE_SECONDS = 10
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def device_type(world_size: int) -> str:
+    """Where ranks started from here run: `cuda` where each has a GPU of its own, else `cpu`; DS_ACCELERATOR decides
+    where it is set.
+    """
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() >= world_size else "cpu")
+
+
 def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> None:
     """Run the workers of `run` to their end. Raises GenattError when they fail or cannot be started."""
     import torch  # here, not above: `genatt --help` answers without it
@@ -34,9 +43,8 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
     arguments = [str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
     environment = worker_environment(os.environ, world_size)
     if "DS_ACCELERATOR" not in environment:
-        gpus = torch.cuda.device_count()
-        environment["DS_ACCELERATOR"] = "cuda" if gpus >= world_size else "cpu"
-        if 0 < gpus < world_size:
+        environment["DS_ACCELERATOR"] = device_type(world_size)
+        if 0 < (gpus := torch.cuda.device_count()) < world_size:
             print(f"note: {world_size} ranks on the CPU: {gpus} GPU(s) are here, and a rank needs one", file=sys.stderr)
     process = subprocess.Popen(
         _COMMANDS[launcher](world_size, arguments, environment),

@@ -22,6 +22,7 @@ from genatt_dist.config import RunConfig
 from genatt_dist.data.ahead import Waiting
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.embedding.collisions import collisions
 from genatt_dist.embedding.features import sharded_specs, with_features
 from genatt_dist.embedding.table import ItemTable
 from genatt_dist.evaluation.diagnose import diagnose
@@ -106,10 +107,12 @@ class Trainer:
         self._progress = Progress(
             self._sequences.manifest_hash, vocabulary_hash=self._sequences.manifest.vocabulary.sha256
         )
-        self._notes: list[str] = []
+        shared_rows = collisions(config.data.path, self._sequences.manifest) if self._rank == 0 else None
+        self._notes = [str(shared_rows)] if shared_rows else []
         if resume:
             found = resumed(store.newest(), config, self._sequences, self._engine, self._sharded)
-            self._progress, self._notes = found.progress, found.notes
+            self._progress = found.progress
+            self._notes += found.notes
         begun, left = self._progress.begun_step, config.training.epochs - self._progress.begun_epoch
         self._total_steps = begun + left * self.batches.num_batches // config.training.accumulation_steps
 
