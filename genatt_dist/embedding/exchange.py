@@ -55,9 +55,9 @@ class Ranks:
         most = max(self.sizes)
         padded = x_N.new_zeros((most, *x_N.shape[1:]))
         padded[: len(x_N)] = x_N
-        whole = x_N.new_empty((len(self.sizes) * most, *x_N.shape[1:]))
-        dist.all_gather_single(whole, padded)
-        return torch.cat([part[:size] for part, size in zip(whole.split(most), self.sizes, strict=True)])
+        whole = x_N.new_empty((len(self.sizes), *padded.shape))
+        dist.all_gather_single(whole.flatten(0, 1), padded)
+        return torch.cat([part[:size] for part, size in zip(whole, self.sizes, strict=True)])
 
     def scatter_sum(self, x_GD: Tensor) -> Tensor:
         """The sum over ranks of this rank's rows of `gather`'s result: [N, D]."""

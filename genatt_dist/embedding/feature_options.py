@@ -40,7 +40,7 @@ class AttributeFeature(_NamedFeature):
         "replicated", description="sharded: a further table beside a sharded item table, for millions of values."
     )
     buckets: int | None = Field(
-        None, ge=1, le=1 << 31, description="Rows of the table, a value's is its hash; default: each value has its own."
+        None, ge=1, lt=1 << 31, description="Rows of the table, a value's is its hash; default: each value has its own."
     )
     max_values: int | None = Field(None, ge=1, description="Only the first so many values of an item; default: all.")
 

@@ -19,8 +19,9 @@ from genatt_dist.embedding.exchange import gather_all
 from genatt_dist.embedding.negatives import Proposal, shared_key, uniform_ids
 from genatt_dist.loss.sampled import binary_nll, gbce_beta, own_scores, sampled_nll
 
-# Scores of shared negatives that exist at one time. Only batches with very many of them need more than one chunk.
-_SCORES_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Scores of shared negatives that exist at one time, by device. Only batches with very many of them need more than one
+# chunk.
+SCORES_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def candidate_nll(states_TD: Tensor, rows: Tensor, batch: Batch, candidates: Can
     def of_chunk(states_CD: Tensor, target_C: Tensor, targets_C1: Tensor) -> Tensor:
         return _nll(target_C, (states_CD @ negative_rows.T).float(), targets_C1 == negatives, candidates)
 
-    size = max(1, _SCORES_BYTES[rows.device.type] // (4 * len(negatives)))
+    size = max(1, SCORES_BYTES[rows.device.type] // (4 * len(negatives)))
     if len(states_TD) <= size:
         return of_chunk(states_TD, target_T, targets_T1)
     parts = zip(states_TD.split(size), target_T.split(size), targets_T1.split(size), strict=True)

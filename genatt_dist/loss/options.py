@@ -8,6 +8,16 @@ from pydantic import Field, model_validator
 
 from genatt_dist.section import Section
 
+# Which kinds read what: set with another kind it would be left out without a word. (`num_negatives` is no sign of a
+# mistake: configurations set it once and try several kinds.)
+_READ_BY = {
+    "proposal": ("sampled",),
+    "shared": ("sampled", "gbce"),
+    "logq": ("sampled",),
+    "calibration": ("gbce",),
+    "chunk_tokens": ("full",),
+}
+
 
 class LossConfig(Section):
     """What is minimised for each real target."""
@@ -52,4 +62,11 @@ class LossConfig(Section):
                 f"kind=gbce with proposal={self.proposal}: its calibration assumes uniform negatives; use "
                 "proposal=uniform, or kind=sampled"
             )
+        for name, kinds in _READ_BY.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} with kind={self.kind}: only kind={' and '.join(kinds)} reads it; drop "
+                    f"loss.{name}, or set loss.kind={kinds[0]}"
+                )
         return self

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Rows of the own negatives of some targets: they stay in cache on the CPU, and fill a GPU.
-_ROWS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+# Rows of the own negatives of some targets, by device: they stay in cache on the CPU, and fill a GPU.
+ROWS_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 def sampled_nll(target_N: Tensor, negative_NK: Tensor, hit_NK: Tensor, log_expected: Tensor) -> Tensor:
@@ -82,5 +82,5 @@ def _gathered(rows_UD: Tensor, index_CK: Tensor) -> Tensor:
 
 
 def _chunks(index_NK: Tensor, rows_UD: Tensor) -> list[slice]:
-    size = _ROWS_BYTES[rows_UD.device.type] // (index_NK.shape[1] * rows_UD.shape[1] * rows_UD.element_size())
+    size = ROWS_BYTES[rows_UD.device.type] // (index_NK.shape[1] * rows_UD.shape[1] * rows_UD.element_size())
     return [slice(first, first + max(1, size)) for first in range(0, len(index_NK), max(1, size))]

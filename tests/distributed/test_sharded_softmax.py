@@ -14,6 +14,7 @@ from joint_runs import by_plain_pytorch, by_product
 from genatt_dist.config import RunConfig, TableConfig
 from genatt_dist.embedding.sharded import ShardedTable
 from genatt_dist.embedding.summed import SummedUpdate
+from genatt_dist.embedding.table import ITEM_TABLE, TableSpec
 from genatt_dist.loss.full import full_loss, full_nll
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +102,23 @@ def test_the_summed_update_is_the_fused_one() -> None:
         assert len(found) == 3
         for optimizer, difference in found:
             assert difference <= 1e-6, optimizer
+
+
+def _without_values() -> tuple[bool, bool]:
+    """Whether an update moved the items looked up, and a table of which no rank looked up a row."""
+    config = TableConfig(kind="sharded", optimizer="sgd")
+    table = ShardedTable(9, D, config, 0.1, 0, torch.device("cpu"), [TableSpec("genre", 7, D, 0.5, 1)])
+    summed, before = SummedUpdate(table, config), {shard.name: shard.rows.clone() for shard in table.shards}
+    nothing = torch.empty(0, dtype=torch.int64)
+    rows = summed.lookup_tables({ITEM_TABLE: torch.arange(1, 10), "genre": nothing})
+    (rows[ITEM_TABLE].sum() + rows["genre"].sum()).backward()
+    summed.update()
+    moved = {shard.name for shard in table.shards if not torch.equal(shard.rows, before[shard.name])}
+    return ITEM_TABLE in moved, "genre" in moved
+
+
+def test_a_table_may_be_asked_for_no_row() -> None:
+    assert ranks.run_in_group(_without_values, 2) == [(True, False)] * 2
 
 
 # --- the loss alone ---------------------------------------------------------------------------------------------------

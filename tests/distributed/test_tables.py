@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,24 @@ def test_seen_items_are_not_recommended_by_a_sharded_table(make_config: Callable
     for user, top in enumerate(top_Bk):
         seen = set(query.seen_item_S[query.seen_row_S == user].tolist())
         assert set(top.tolist()) - {0} == set(range(1, 201)) - seen
+
+
+def _ranked_with_all_items(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    whole, nothing = _query(200, config.model.hidden_size), torch.empty(0, dtype=torch.int64)
+    ranking = sharded_table(config, 200).rank(replace(whole, seen_row_S=nothing, seen_item_S=nothing), 10, 64)
+    return ranking.ahead_B.numpy(), ranking.top_Bk.numpy()
+
+
+def test_no_rank_has_an_item_to_leave_out(make_config: Callable[..., RunConfig]) -> None:
+    """`evaluation.exclude_seen=false`: what the ranks gather is empty."""
+    config = make_config()
+    table = ReplicatedTable(200, config.model.hidden_size, config.table.init_std, config.training.seed)
+    whole, nothing = _query(200, config.model.hidden_size), torch.empty(0, dtype=torch.int64)
+    with torch.no_grad():
+        expected = table.rank(replace(whole, seen_row_S=nothing, seen_item_S=nothing), 10, 64)
+    for ahead, top in ranks.run_in_group(_ranked_with_all_items, 2, config):
+        np.testing.assert_array_equal(ahead, expected.ahead_B.numpy())
+        np.testing.assert_array_equal(top, expected.top_Bk.numpy())
 
 
 def _refused(config: RunConfig, num_items: int) -> str:

@@ -80,8 +80,8 @@ def test_own_negatives_are_looked_up_once_and_belong_to_their_token(loss: dict[s
     everywhere, in_all, *_ = drawn(prepared, loss | {"num_negatives": 7}, "all")
     assert in_all.negatives is not None
     assert batch.chosen is not None
-    if torch.equal(everywhere.window_B, batch.window_B):
-        assert torch.equal(own.negatives, in_all.negatives[batch.chosen])
+    assert torch.equal(everywhere.window_B, batch.window_B)
+    assert torch.equal(own.negatives, in_all.negatives[batch.chosen])
 
 
 def test_uncorrected_in_batch_negatives_are_a_softmax_over_the_targets(prepared: Path) -> None:
@@ -108,7 +108,7 @@ def test_many_uniform_negatives_approach_the_full_softmax(prepared: Path) -> Non
 def test_chunks_of_targets_do_not_matter(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for size in (1 << 26, 4 * 16 * 3):
-        monkeypatch.setitem(objective._SCORES_BYTES, "cpu", size)
+        monkeypatch.setitem(objective.SCORES_BYTES, "cpu", size)
         batch, candidates, table, states = drawn(prepared, {"kind": "sampled", "num_negatives": 16})
         table.requires_grad_(), states.requires_grad_()
         total = nll(batch, candidates, table, states).square().sum()
@@ -153,6 +153,9 @@ class Output:
     [
         ({"kind": "sampled", "proposal": "in_batch", "shared": False}, "use shared=true, or proposal=popularity"),
         ({"kind": "gbce", "proposal": "popularity"}, "its calibration assumes uniform negatives"),
+        ({"kind": "bce", "proposal": "popularity"}, "proposal=popularity with kind=bce: only kind=sampled reads it"),
+        ({"kind": "full", "shared": False}, "shared=False with kind=full: only kind=sampled and gbce reads it"),
+        ({"kind": "sampled", "calibration": 0.5}, "drop loss.calibration, or set loss.kind=gbce"),
         ({"temperature": 0}, "loss.temperature=0: input should be greater than 0"),
     ],
 )

@@ -114,7 +114,7 @@ def test_gbce_raises_the_targets_probability_to_beta(t: float, beta: float) -> N
 
 @pytest.mark.parametrize("bytes_", [1, 700, 1 << 20])
 def test_scores_of_own_negatives_are_those_of_gathered_rows(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sampled._ROWS_BYTES, "cpu", bytes_)
+    monkeypatch.setitem(sampled.ROWS_BYTES, "cpu", bytes_)
     states, items, _ = rows()
     states.requires_grad_(), items.requires_grad_()
     index = torch.randint(0, V, (N, 5), generator=torch.Generator().manual_seed(2))
