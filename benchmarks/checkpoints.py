@@ -5,7 +5,8 @@
 Two ranks (gloo, one thread each) train the product's step on a sharded table (`benchmarks/table_rank.py` states batch,
 negatives and law of the ids). Blocks of equal numbers of steps take turns; a block saves at its beginning and ends when
 its checkpoint is complete. `stall`: seconds from the save's beginning until training goes on. `block`: seconds of the
-whole block, of which the excess over one that saves nothing is what the checkpoint costs in all.
+whole block, of which the excess over one that saves nothing is what the checkpoint costs in all. The plot lies beside
+FILE, as PNG.
 """
 
 from __future__ import annotations
@@ -121,8 +122,25 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def draw(ranks: list[dict[str, Any]], path: Path) -> None:
+    """Stall and block of every mode: the medians as bars, every round as a point (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = summary(ranks)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    pictures = zip(figure.subplots(1, 2), ("stall", "block"), ("training stands still", "a block, all in"), strict=True)
+    for axes, name, title in pictures:
+        axes.bar(MODES, [found[mode][f"{name}_seconds"] for mode in MODES], color=["#999999", "#d1672a", "#1f6feb"])
+        for pair in zip(*(one["blocks"] for one in ranks), strict=True):
+            axes.plot(pair[0]["mode"], max(one[name] for one in pair), "k.", alpha=0.5)
+        axes.set_ylabel("seconds"), axes.set_title(title), axes.grid(alpha=0.25, axis="y")
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -151,6 +169,7 @@ def main() -> None:
     print(json.dumps(result["summary"], indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result | {"ranks": ranks}, indent=1) + "\n")
+        draw(ranks, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -189,16 +189,16 @@ def publishing(out: str) -> Iterator[str]:
         yield directory
 
 
-def check_free(out: str) -> None:
-    """Refuses an `out` where something is already, as `publishing` does; nothing is written."""
+def check_free(out: str, option: str = "--out") -> None:
+    """Refuses an `out` where something is already, as `publishing` does; nothing is written. option: what named it."""
     fs, path = filesystem(out)
     if not isinstance(fs, LocalFileSystem):
         if there := _names(out.rstrip("/")):
-            raise _taken(out, there)
+            raise _taken(out, there, option)
         return
     with explaining(out, "write"):
         if os.path.lexists(path.rstrip("/")):
-            raise _taken(out)
+            raise _taken(out, option=option)
 
 
 @contextmanager
@@ -259,8 +259,8 @@ def _remove(out: str, names: list[str]) -> None:
         fs.rm([f"{path}/{name}" for name in names])
 
 
-def _taken(out: str, there: Iterable[str] = ()) -> GenattError:
-    mend = "choose another --out, or remove it first"
+def _taken(out: str, there: Iterable[str] = (), option: str = "--out") -> GenattError:
+    mend = f"choose another {option}, or remove it first"
     if any(name.startswith(MARKER) for name in there):
         return GenattError(f"output {redact(out)}: another preparation writes there, or was killed doing so: {mend}")
     return GenattError(f"output {redact(out)} exists already: {mend}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
     """
     launcher = launcher or ("process" if config.world_size == 1 else "deepspeed")
     check_launcher(launcher, config.world_size)
+    before = None
     if resume:
-        _check_same(config, run)
+        before = _check_same(config, run)
     elif run.exists():
         raise GenattError(f"run directory {run} exists: choose another --run, or go on with it by --resume")
     else:
@@ -57,6 +59,8 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
         log = run / "metrics.jsonl"
         if not resume and not (log.exists() and log.stat().st_size):  # it never trained: nothing to keep
             shutil.rmtree(run, ignore_errors=True)
+        if before is not None:
+            _put_back(*before, run)
         raise
     return summary
 
@@ -120,8 +124,18 @@ def _check_free(config: RunConfig, run: Path) -> None:
         )
 
 
-def _check_same(config: RunConfig, run: Path) -> None:
+def _put_back(before: RunConfig, newest: int, run: Path) -> None:
+    """Without a checkpoint newer than that of update `newest`, the run is still what it was, and its data too."""
+    from genatt_dist.training.checkpoint.store import Store
+
+    with suppress(GenattError):  # what failed is the news
+        if Store.of(run, before.training.checkpoint).complete()[-1:] == [newest]:
+            _create(before, run)
+
+
+def _check_same(config: RunConfig, run: Path) -> tuple[RunConfig, int]:
     """Whether the run's newest checkpoint is whole and can go on under `config`: what may differ is in `_RESUMABLE`.
+    Returns the configuration until now, and the update of that checkpoint.
 
     Also the table's kind and optimizer, with all that belongs to them (only its rows are carried over), and the data,
     where they are the same elsewhere or grew from what the checkpoint knows (then for more epochs, too).
@@ -139,17 +153,18 @@ def _check_same(config: RunConfig, run: Path) -> None:
     may = set(_RESUMABLE)
     if (config.table.kind, config.table.optimizer) != (before.table.kind, before.table.optimizer):
         may |= {key for key in ours if key.startswith("table.") and key != "table.init_std"}
-    if config.data.path != before.data.path:
+    path = config.data.path
+    if has_grown(newest, load_manifest(path), manifest_hash(path), path):
+        may.add("training.epochs")
+    if path != before.data.path:
         may.add("data.path")
-        path = config.data.path
-        if has_grown(newest, load_manifest(path), manifest_hash(path), path):
-            may.add("training.epochs")
     changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key) and key not in may)
     if changed:
         shown = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in changed[:3])
         raise GenattError(
             f"--resume of {run} with another configuration: {shown}; only {', '.join(sorted(may))} may change"
         )
+    return before, newest.progress.step
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

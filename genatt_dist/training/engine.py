@@ -21,6 +21,7 @@ from genatt_dist.config import TrainingConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_REDUCED = 500_000_000  # DeepSpeed's default
 
 
 def select_device() -> torch.device:
@@ -55,6 +56,7 @@ class Engine:
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         import deepspeed
 
+        parameters = sum(parameter.numel() for parameter in module.parameters())
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
             optimizer=_optimizer(module, config),
@@ -63,7 +65,7 @@ class Engine:
                 "gradient_accumulation_steps": config.accumulation_steps,
                 # Written out although it is off: DeepSpeed 0.19 clips at 1.0 where it is absent.
                 "gradient_clipping": config.gradient_clipping,
-                "zero_optimization": {"stage": config.zero_stage},
+                "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": reduce_bucket(parameters)},
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": config.precision == "bf16"},
@@ -212,6 +214,13 @@ class Engine:
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def reduce_bucket(parameters: int) -> int:
+    """Numbers that ZeRO reduces at a time in a model of so many. DeepSpeed allocates the bucket whole, so that its
+    default takes 1.9 GiB of any model; no model fills more than it has.
+    """
+    return min(_MOST_REDUCED, max(1, parameters))
 
 
 def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

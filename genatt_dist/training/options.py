@@ -54,7 +54,7 @@ class TrainingConfig(Section):
     checkpoint_every: int | None = Field(
         None,
         ge=1,
-        description="Updates between checkpoints inside an epoch; one is written after each evaluation anyway.",
+        description="Updates between checkpoints; one is written after each evaluation anyway.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = Field(0, ge=0)

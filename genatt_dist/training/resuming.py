@@ -21,6 +21,7 @@ from data_pipeline.storage import redact
 from genatt_dist.config import RunConfig
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.feature_options import AttributeFeature
+from genatt_dist.embedding.options import ManagedCollision
 from genatt_dist.embedding.table import ITEM_TABLE, TableShard, initial_rows
 from genatt_dist.training.checkpoint import tensors
 from genatt_dist.training.checkpoint.lineage import has_grown
@@ -51,12 +52,15 @@ def resume(
     Raises GenattError when it is damaged, belongs to other data, or does not fit the model.
     """
     _verify(source)
+    _check_managed(source, config)
     grown = has_grown(source, sequences.manifest, sequences.manifest_hash, sequences.path)
     progress = _continued(source, config, sequences) if grown else source.progress
     same_optimizer = _table_optimizer(source.config) == _table_optimizer(config)
     engine.load_state(_dense(source, config, engine.shapes(), grown), progress.step)
     for shard in table.shards if table else []:
         _fill(shard, source, same_optimizer)
+    if table:
+        table.restored()
     notes = []
     if grown:
         notes.append(
@@ -82,6 +86,19 @@ def _verify(source: Checkpoint) -> None:
     dist.all_gather_object(told, message)
     if found := next(filter(None, told), None):
         raise GenattError(found)
+
+
+def _check_managed(source: Checkpoint, config: RunConfig) -> None:
+    before, now = source.config.table.managed_collision, config.table.managed_collision
+    if before != now:
+        raise GenattError(
+            f"checkpoint {redact(source.path)} has table.managed_collision={_shown(before)}, the configuration "
+            f"{_shown(now)}: a row means another item there; go on with what it began with"
+        )
+
+
+def _shown(managed: ManagedCollision | None) -> str:
+    return "null" if managed is None else f"{{{managed}}}"
 
 
 def _continued(source: Checkpoint, config: RunConfig, sequences: Sequences) -> Progress:

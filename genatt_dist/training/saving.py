@@ -107,7 +107,7 @@ class Saver:
         token = torch.zeros((), dtype=torch.int64, device=self._device)
         if self._rank == 0:
             if self._step in self._store.complete():
-                raise GenattError(f"{self._store.path(self._step)} is complete already: remove it, then go on")
+                raise GenattError(f"{redact(self._store.path(self._step))} is complete already: remove it, then go on")
             self._store.remove_unfinished()
             token.fill_(secrets.randbits(62))
         dist.broadcast(token, 0)

@@ -178,6 +178,8 @@ class JointStep:
         candidates = self._candidature.draw(batch, noise, seed, draw)
         lookup = self._summed or self._table
         rows, others = None, None
+        if self._table:
+            self._table.observe(batch.items_M)
         if lookup:
             rows, others = looked_up(lookup, candidates.ids, sharded_ids(self._config.features, batch.features))
         catalogue = self._summed.catalogue if self._summed else None

@@ -137,8 +137,8 @@ class Trainer:
                 self._telemetry.say(f"note: {note}")
             self._signs = FailureSigns(self._config, self._total_steps, self._telemetry.records())
             self._started = time.perf_counter() - self._progress.seconds
-            # An epoch that was begun is ended, as it would have been without the stop.
-            last = self._progress.batch == 0 and self._finished()
+            # An epoch that was begun is ended, as it would have been without the stop, and none ends unevaluated.
+            last = self._progress.batch == 0 and self._progress.best_step >= 0 and self._finished()
             while not last:
                 self._train_epoch()
                 self._progress.epoch, self._progress.batch = self._progress.epoch + 1, 0
@@ -146,6 +146,8 @@ class Trainer:
                 last = self._finished()
                 if last or self._progress.epoch % self._config.training.evaluate_every == 0:
                     last = self._validate()
+                    self._save()
+                elif self._is_due():
                     self._save()
         return self._summarise()
 
@@ -189,9 +191,8 @@ class Trainer:
             self._saver.check()
             self._telemetry.advance(progress.step)
             # Every rank logs at the same steps: the losses are summed over ranks.
-            ended = progress.batch == self.batches.num_batches  # then validation comes first and saves
-            due = training.checkpoint_every and progress.step % training.checkpoint_every == 0
-            save = due and not ended
+            # At an epoch's end `run` saves, after validation if there is one.
+            save = self._is_due() and progress.batch < self.batches.num_batches
             if save or len(shares) == _LOG_STEPS:
                 log()
             if save:
@@ -273,6 +274,11 @@ class Trainer:
         for sign in self._signs.look({"step": progress.step, **record}, last):
             self._telemetry.warn(progress.step, sign)
         return last
+
+    def _is_due(self) -> bool:
+        """Whether this update is one to save after."""
+        every = self._config.training.checkpoint_every
+        return every is not None and self._progress.step % every == 0
 
     def _save(self) -> None:
         """Write a checkpoint, or begin to. Collective."""

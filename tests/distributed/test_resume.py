@@ -85,8 +85,8 @@ def write_config(run: Path, config: RunConfig) -> Path:
 def whole_and_stopped(
     request: pytest.FixtureRequest, make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunConfig, Path, Path]:
-    """A configuration, its run of four epochs, and its run that stopped in the third."""
-    common = ("training.epochs=4", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
+    """A configuration, its run of three epochs, and its run that stopped in the third."""
+    common = ("training.epochs=3", "training.optimizer=adamw", "training.learning_rate=0.005", "training.patience=9")
     config = make_config(*_RUNS[request.param], *common)
     folder = tmp_path_factory.mktemp(request.param)
     whole, stopped = write_config(folder / "whole", config), write_config(folder / "stopped", config)
@@ -129,6 +129,7 @@ def test_resumed_run_equals_the_run_that_never_stopped(
     )
 
 
+@pytest.mark.exhaustive
 def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_run_resumed_inside_an_epoch_equals_the_run_that_never_stopped(
     assert _largest_difference(newest(whole), newest(stopped), num_rows) <= 1e-6
 
 
+@pytest.mark.exhaustive
 def test_epoch_that_was_begun_is_ended_although_time_is_up(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

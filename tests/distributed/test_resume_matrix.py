@@ -334,5 +334,14 @@ def test_grown_data_are_accepted_before_a_process_starts_and_others_are_not(
         resume(write_set(tmp_path / "other", 3))
     with pytest.raises(GenattError, match=r"training\.epochs was 6, is 9; only"):
         resume(Path(config.data.path), epochs=9)
+
+    def fail(*_: Any) -> None:
+        raise GenattError("a rank refused")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(runs, "launch", fail)
+        with pytest.raises(GenattError, match="a rank refused"):
+            resume(grown_set, epochs=9)
+    assert runs.read_config(tmp_path / "run") == config.model_copy(update={"world_size": 2})  # still its checkpoints'
     resume(grown_set, epochs=9)
     assert started == [str(grown_set)]

@@ -79,7 +79,7 @@ def test_a_store_that_refuses_is_one_line(s3, store: Store, monkeypatch: pytest.
         save(store, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_keeps_its_checkpoints_there_and_is_served_from_there(s3, tmp_path: Path) -> None:
     write_prepared(tmp_path / "data", [[10 * (1 + (user + place) % 20) for place in range(8)] for user in range(40)])
     where = f"{s3.url}/runs/a"

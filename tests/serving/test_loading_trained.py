@@ -147,3 +147,29 @@ def test_a_step_that_is_not_there_and_a_damaged_file_are_named(prepared: Path, t
         with pytest.raises(GenattError, match=r"step-00000030: table-00001-00\.safetensors has sha256"):
             inventory.checkpoints(run, verify=out is None, out=out, step=30)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, bundle = tmp_path / "run", tmp_path / "bundle"
+    write_run(run, prepared, "replicated")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("os.fsync", full)
+        with pytest.raises(
+            GenattError, match=r"^cannot write .*bundle: No space left on device; choose another --export"
+        ):
+            inventory.checkpoints(run, out=str(bundle))
+    assert not bundle.exists()
+    inventory.checkpoints(run, out=str(bundle))
+    with pytest.raises(GenattError, match="bundle exists already: choose another --export"):
+        inventory.checkpoints(run, out=str(bundle))
+    with pytest.raises(GenattError, match="bundle is an exported bundle"):
+        inventory.checkpoints(bundle)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(GenattError, match="run holds no complete checkpoint"):
+        inventory.checkpoints(run, verify=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -203,6 +204,16 @@ def test_an_incomplete_checkpoint_does_not_count_and_goes_at_the_next_save(tmp_p
     newer = save(tmp_path, 30)
     assert store.newest().path == str(newer)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {newer.name}
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+    complete = save(tmp_path, 10)
+    copies = [complete.with_name(name) for name in ("step-00000010.bak", "step-00000010-old", "step-copy")]
+    for copy in copies:
+        shutil.copytree(complete, copy)
+    assert store_of(tmp_path).contents().keys() == {complete.name}
+    newer = save(tmp_path, 30)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([*copies, newer])
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:

@@ -30,13 +30,14 @@ class Idle(trainer.Trainer):
         self._sharded = self._sequences = None  # type: ignore
         self._progress, self._notes = Progress("hash"), []
         self._saver = contextlib.nullcontext()  # type: ignore
+        self.saved: list[tuple[int, int]] = []
 
     def _train_epoch(self) -> None:
         self._progress.step += 10
         self._progress.step_seconds += 1.0
 
     def _save(self) -> None:
-        pass
+        self.saved.append((self._progress.epoch, self._progress.step))
 
 
 @pytest.fixture
@@ -72,3 +73,32 @@ def test_epochs_and_time_end_it_too(lasts: list[tuple[int, bool]], tmp_path: Pat
     lasts.clear()
     Idle(tmp_path / "time", epochs=20, max_seconds=1e-6, evaluate_every=5).run()
     assert lasts == [(1, True)]
+
+
+def test_a_checkpoint_due_at_an_epochs_end_is_written_with_and_without_an_evaluation(
+    lasts: list[tuple[int, bool]], tmp_path: Path
+) -> None:
+    idle = Idle(tmp_path, epochs=5, evaluate_every=4, checkpoint_every=20)  # an epoch has 10 updates
+    idle.run()
+    assert lasts == [(4, False), (5, True)]
+    assert idle.saved == [(2, 20), (4, 40), (5, 50)]
+
+
+def test_a_run_that_was_never_evaluated_is_not_over_when_its_time_is(
+    lasts: list[tuple[int, bool]], tmp_path: Path
+) -> None:
+    """As when it goes on with data that grew: it would have no metrics to end with."""
+    idle = Idle(tmp_path, epochs=5, max_seconds=1e-6)
+    idle._progress = Progress("hash", 20, 2, seconds=9.0)
+    assert idle.run().valid
+    assert lasts == [(3, True)]
+
+
+def test_an_epoch_that_was_begun_is_ended_although_time_is_up(lasts: list[tuple[int, bool]], tmp_path: Path) -> None:
+    """One that ended is not followed by another."""
+    for batch, looked in ((3, [(3, True)]), (0, [])):
+        idle = Idle(tmp_path, epochs=5, max_seconds=1e-6)
+        idle._progress = Progress("hash", 20, 2, batch, seconds=9.0, best_step=10, best_metrics={"ndcg@10": 0.05})
+        assert idle.run().valid
+        assert lasts == looked
+        lasts.clear()

@@ -76,6 +76,7 @@ def write_complete(directory: str, content: bytes) -> None:
     sync(os.path.dirname(inner))  # the names of the other files, before the one that vouches for them
     os.rename(temporary, inner)
     sync(os.path.dirname(inner))
+    sync(os.path.dirname(os.path.dirname(inner)))  # older ones are removed next: this one must be found
 
 
 def sync(path: str) -> None:

@@ -13,8 +13,8 @@ from data_pipeline.errors import GenattError
 from data_pipeline.storage import check_access, redact
 from genatt_dist import runs
 from genatt_dist.training.checkpoint.bundle import export
-from genatt_dist.training.checkpoint.files import COMPLETE
-from genatt_dist.training.checkpoint.store import Store
+from genatt_dist.training.checkpoint.files import COMPLETE, is_local
+from genatt_dist.training.checkpoint.store import Store, step_of
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,11 @@ def checkpoints(run: Path, verify: bool = False, out: str | None = None, step: i
     Raises GenattError: no checkpoint, damage (the file is named), an `out` that cannot be written.
     """
     store = Store.of(run, runs.read_config(run).training.checkpoint)
+    if (run / COMPLETE).exists():
+        raise GenattError(f"{run} is an exported bundle: `genatt recommend` checks its files; name the run for a list")
     check_access(store.root)
-    listed = _list(store)
+    if not (listed := _list(store)):
+        store.newest()  # says that there is none
     steps = [one.step for one in listed if one.complete]
     if step is not None and step not in steps:
         known = ", ".join(map(str, steps)) or "none"
@@ -83,8 +86,11 @@ def show(found: Inventory, console: Console) -> None:
         )
     console.print(table)
     if found.bundle:
+        out = found.bundle["out"]
+        there = f"genatt recommend {out} --users …" if is_local(out) else "copy it to a disk, then genatt recommend"
         console.print(
-            f"step {found.bundle['step']} exported. Next: genatt recommend {found.bundle['out']} --users …",
+            f"step {found.bundle['step']} exported to {out}. Next: {there}",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -96,7 +102,7 @@ def _list(store: Store) -> list[Listed]:
     best = sources[steps[-1]].progress.best_step if steps else -1
     listed = []
     for directory, names in sorted(contents.items()):
-        step, size = int(directory.removeprefix("step-").partition(".")[0]), sum(names.values())
+        step, size = step_of(directory), sum(names.values())
         if step not in sources or COMPLETE not in names:
             listed.append(Listed(step, size, complete=False))
             continue

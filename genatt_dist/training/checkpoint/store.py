@@ -30,6 +30,11 @@ _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
+def step_of(directory: str) -> int:
+    """The update that the directory of a checkpoint is called by."""
+    return int(directory.removeprefix("step-"))
+
+
 @dataclass(frozen=True)
 class Store:
     """A directory of checkpoints, local or on any fsspec URL; `run` is named in errors."""
@@ -47,24 +52,22 @@ class Store:
         return f"{self.root}/step-{step:08d}"
 
     def contents(self) -> dict[str, dict[str, int]]:
-        """Sizes in bytes of the files of everything that lies here, by directory and name."""
+        """Sizes in bytes of the files of all checkpoints, finished or not, by directory and name. What has another name
+        (a copy somebody made) is none.
+        """
         fs, root = filesystem(self.root)
         root = root.rstrip("/")
         found: dict[str, dict[str, int]] = {}
         with explaining(self.root, "read"), suppress(FileNotFoundError):
             for path, info in fs.find(root, detail=True).items():
                 directory, _, name = path.removeprefix(f"{root}/").partition("/")
-                if directory.startswith("step-") and name:
+                if _STEP.fullmatch(directory) and name:
                     found.setdefault(directory, {})[name] = int(info["size"] or 0)
         return found
 
     def complete(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
-        return sorted(
-            int(match[1])
-            for directory, names in self.contents().items()
-            if COMPLETE in names and (match := _STEP.fullmatch(directory))
-        )
+        return sorted(step_of(directory) for directory, names in self.contents().items() if COMPLETE in names)
 
     def newest(self) -> Checkpoint:
         """The newest complete checkpoint. Raises GenattError when there is none."""
@@ -100,7 +103,7 @@ class Store:
     def remove_unfinished(self) -> None:
         """Remove what a killed save left."""
         for directory, names in self.contents().items():
-            if COMPLETE not in names or not _STEP.fullmatch(directory):
+            if COMPLETE not in names:
                 self._remove(directory, names)
 
     def keep(self, config: CheckpointConfig, best_step: int) -> None:

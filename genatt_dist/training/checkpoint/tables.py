@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genatt_dist.embedding.table import ITEM_TABLE, TableShard
+from data_pipeline.errors import GenattError
+from data_pipeline.storage import redact
+from genatt_dist.embedding.table import ITEM_TABLE, MAP_TABLE, TableShard
 from genatt_dist.training.checkpoint.read import Checkpoint
+
+MAP_BUFFER = f"buffer.{MAP_TABLE}"  # of managed collision, in an exported bundle
 
 
 def dense_name(table: str) -> str:
@@ -30,3 +34,17 @@ def whole_table(source: Checkpoint, table: str, shape: tuple[int, ...]) -> Tenso
     rows_VD = torch.empty(shape)
     source.read_shard(TableShard(table, 0, 0, rows_VD, {}), with_optimizer=False)
     return rows_VD
+
+
+def map_of_items(source: Checkpoint) -> Tensor:
+    """The map of managed collision as `ManagedRows.load` takes it, from a run's checkpoint or a bundle."""
+    if any(shape := source.table_shape(MAP_TABLE)):
+        state = torch.empty(shape, dtype=torch.int64)
+        source.read_shard(TableShard(MAP_TABLE, 0, 0, state, {}), with_optimizer=False)
+        return state
+    if MAP_BUFFER not in source.dense_entries:
+        raise GenattError(
+            f"checkpoint {redact(source.path)} has no map of items to rows, which table.managed_collision needs; "
+            "use the configuration it began with"
+        )
+    return source.dense(lambda name: name == MAP_BUFFER)[MAP_BUFFER]

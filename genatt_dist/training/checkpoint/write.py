@@ -111,7 +111,8 @@ def _wait(path: str, rank: int, token: int, deadline: float, seconds: float) -> 
         if time.monotonic() > deadline:
             raise GenattError(
                 f"checkpoint {redact(path)}: rank {rank} has not written its part {seconds:.0f} s after rank 0; "
-                "look into that rank's messages, then go on by --resume"
+                "look into that rank's messages, and let training.checkpoint.path be where all machines write, then go "
+                "on by --resume"
             )
         time.sleep(pause)
         pause = min(2 * pause, _POLL_SECONDS[1])
