@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genatt_dist.config import RunConfig
-from genatt_dist.plan.dense import Dense
+from genatt_dist.plan.dense import Dense, targets
 from genatt_dist.plan.hardware import Hardware
 from genatt_dist.plan.trace import Trace
 from genatt_dist.plan.workload import Share
@@ -102,7 +102,7 @@ def cost(
         seconds["rows over ranks"] = micro * 2 * link.all_to_all(rows)
         seconds["table lookup and update"] = micro * (8 * rows / bandwidth + 60 * machine.launch)
         if config.loss.kind == "full":
-            states = world_size * share.tokens * d * width
+            states = world_size * targets(config, share) * d * width
             chunks = max(1, trace.work["matmul"].calls // 3)
             seconds["states over ranks"] = micro * (link.all_gather(states) + link.all_gather(4 * states / width))
             seconds["sums over ranks"] = micro * chunks * link.all_gather(8 * world_size * 32)

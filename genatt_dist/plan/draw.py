@@ -80,8 +80,8 @@ def _bars(plan: Plan) -> str:
     drawn.append(f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{y}" stroke="#b02a25" stroke-dasharray="4 3"/>')
     drawn.append(f'<text x="{limit - 4:.1f}" y="{y + 12}" text-anchor="end">{size(plan.cluster.limit)}</text>')
     legend = "".join(
-        f"<tr><td><svg width=12 height=12 style='display:inline;margin:0'><rect width=12 height=12 "
-        f"fill='{colours[part.name]}'/></svg> {html.escape(part.name)}</td><td class=n>{size(part.bytes)}</td>"
+        '<tr><td><svg width="12" height="12" style="display:inline;margin:0"><rect width="12" height="12" '
+        f'fill="{colours[part.name]}"/></svg> {html.escape(part.name)}</td><td class=n>{size(part.bytes)}</td>'
         f"<td>{part.phase}</td><td><small>{html.escape(part.note)}</small></td></tr>"
         for part in here
     )

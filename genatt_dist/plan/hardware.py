@@ -43,7 +43,8 @@ class Hardware:
 
 _ASSUMED = (
     "assumed: 0.35 of the peak in matrix products and 0.6 of the memory's bandwidth at these widths, 6 µs an "
-    "operation (eager PyTorch), 1 GiB for the CUDA context, libraries and NCCL's channels; between nodes 5 µs and "
+    "operation (eager PyTorch), 1 GiB for the CUDA context, libraries and NCCL's channels; between nodes 15 to 20 µs "
+    "and "
 )
 
 HARDWARE = {

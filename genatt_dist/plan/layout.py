@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genatt_dist.config import RunConfig
+from genatt_dist.embedding.features import sharded_specs
 from genatt_dist.embedding.planner import plan
-from genatt_dist.embedding.table import ITEM_TABLE, TableSpec, item_spec, table_seed
-
-_CONTEXT_ROWS = {"hour_of_week": 169, "gap": 64}
-_UNKNOWN_VALUES = 10_000  # rows of an attribute's table whose values nobody counted, assumed
+from genatt_dist.embedding.table import ITEM_TABLE, TableSpec, item_spec
+from genatt_dist.plan.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -24,25 +23,12 @@ class Shard:
     columns: int
 
 
-def specs(config: RunConfig, num_items: int) -> list[TableSpec]:
+def specs(config: RunConfig, load: Workload) -> list[TableSpec]:
     """The sharded tables: items first, then features that ask for it."""
     if config.table.kind == "replicated":
         return []
-    width, seed = config.model.hidden_size, config.training.seed
-    found = [item_spec(num_items, width, config.table, seed)]
-    for feature in config.features:
-        if feature.sharded:
-            rows = feature_rows(feature)
-            found.append(TableSpec(feature.name, rows, width, config.table.init_std, table_seed(seed, feature.name)))
-    return found
-
-
-def feature_rows(feature: object) -> int:
-    """Rows of a feature's table as far as the configuration tells."""
-    column = getattr(feature, "column", "")
-    if getattr(feature, "type", "") == "context":
-        return _CONTEXT_ROWS.get(column, _UNKNOWN_VALUES)
-    return (getattr(feature, "buckets", None) or _UNKNOWN_VALUES) + 1
+    items = item_spec(load.num_items, config.model.hidden_size, config.table, config.training.seed)
+    return [items, *sharded_specs(config, load.feature_rows)]
 
 
 def shards(
@@ -63,3 +49,12 @@ def shards(
 def item_rows(found: Sequence[Shard]) -> int:
     """Rows of the item table on the rank that has most."""
     return max((shard.rows for shard in found if shard.table == ITEM_TABLE), default=0)
+
+
+def gradient_bytes(found: Sequence[Shard]) -> int:
+    """Of a float32 gradient of the item rows on the rank that has most, and of one further table's at a time."""
+    most = {shard.table: 0 for shard in found}
+    for shard in found:
+        most[shard.table] = max(most[shard.table], 4 * shard.rows * shard.columns)
+    items = most.pop(ITEM_TABLE, 0)
+    return items + max(most.values(), default=0)

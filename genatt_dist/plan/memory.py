@@ -14,25 +14,25 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from genatt_dist.config import RunConfig
-from genatt_dist.plan.dense import Dense
+from genatt_dist.plan.dense import Dense, targets
 from genatt_dist.plan.hardware import Hardware
 from genatt_dist.plan.trace import Trace
 from genatt_dist.plan.workload import Share, Workload
+from genatt_dist.training.engine import reduce_bucket
 
 Place = Literal["device", "host"]
 Phase = Literal["always", "step", "evaluation", "checkpoint"]
 
 # A rank's process with hardly a table or a model: interpreter, torch, DeepSpeed, and with a sharded table TorchRec; and
-# the files they map, which ranks of a node share (`python -m benchmarks.plan_check --scale 0.001`, with its data
-# subtracted). With CUDA: assumed.
+# the files they map, which ranks of a node share (`python -m benchmarks.plan_check --scale 0.001 --only 0 1 2 3`, with
+# its data subtracted). With CUDA: assumed.
 _PROCESS_BYTES = {
-    ("cpu", False): 330 << 20,
-    ("cpu", True): 375 << 20,
+    ("cpu", False): 322 << 20,
+    ("cpu", True): 363 << 20,
     ("cuda", False): 3 << 30,
     ("cuda", True): 3 << 30,
 }
-_LIBRARY_BYTES = 55 << 20
-_REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default, allocated whole
+_LIBRARY_BYTES = 228 << 20
 _BATCHES_AHEAD = 4 + 2  # put together before they are asked for, and in use
 _EXCHANGES = 4  # copies of a lookup's rows in TorchRec: looked up, received, sorted back, and the gradients'
 # Blocks that come and go in a step lie where there is room, and glibc, told to keep them, keeps the holes as well: as a
@@ -84,24 +84,26 @@ def memory(
     table_bytes: int,
     state_bytes: int,
     shard_rows: int,
+    gradient_bytes: int,
     ids: int,
     world_size: int,
     local: int,
 ) -> Memory:
     """table_bytes, state_bytes: of this rank's parts of sharded tables. shard_rows: of the item table on this rank.
-    ids: of one lookup. local: ranks of a node.
+    gradient_bytes: of float32 gradients of sharded rows. ids: of one lookup. local: ranks of a node.
     """
     cpu = machine.device == "cpu"
     where: Place = "host" if cpu else "device"
     sharded, d = config.table.kind == "sharded", config.model.hidden_size
     process = _PROCESS_BYTES[machine.device, sharded] + _LIBRARY_BYTES // local
-    parts = [Part("process", process, "host", "always", "interpreter and libraries, measured on a CPU")]
+    found = "measured" if cpu else "assumed"
+    parts = [Part("process", process, "host", "always", f"interpreter and libraries, {found}")]
     if not cpu:
         parts.append(Part("CUDA context", machine.base_bytes, "device", "always", "assumed"))
     if sharded:
         parts.append(Part("table rows", table_bytes, where, "always", "of the fullest rank, exact"))
         parts.append(Part("table optimizer", state_bytes, where, "always", f"{config.table.optimizer}, exact"))
-    parts += [Part(name, size, where, phase, note) for name, size, phase, note in _zero(config, sizes, world_size, cpu)]
+    parts += [Part(name, size, where, phase, note) for name, size, phase, note in _zero(config, sizes, world_size)]
     vocabulary_parallel = sharded and config.loss.kind == "full"
     traced_gradients = sizes.total * _width(config) + (shard_rows * d * 4 if vocabulary_parallel else 0)
     activations = max(0, trace.peak_bytes - traced_gradients)
@@ -111,9 +113,9 @@ def memory(
             Part("id exchange", _EXCHANGES * ids * d * 4, where, "step", "TorchRec's copies of looked-up rows")
         )
         if vocabulary_parallel:
-            gathered = world_size * share.tokens * d * 4
-            shard = shard_rows * d * 4
-            parts.append(Part("shard gradient", shard, where, "step", "float32, summed before the one update"))
+            gathered = world_size * targets(config, share) * d * 4
+            summed = gradient_bytes * (2 if config.training.accumulation_steps > 1 else 1)  # one and the next
+            parts.append(Part("shard gradient", summed, where, "step", "float32, summed before the one update"))
             parts.append(
                 Part("gathered states", 2 * gathered, where, "step", "of all ranks, and a copy while gathered")
             )
@@ -123,7 +125,7 @@ def memory(
     else:
         parts.append(Part("allocator", int(0.1 * passing), where, "step", "fragments of PyTorch's cache, assumed"))
     parts.append(Part("popularity", 8 * load.num_items, "host", "always", "training counts of all items"))
-    if config.loss.kind == "sampled":
+    if config.loss.kind == "sampled" and config.loss.proposal != "uniform":
         law = 12 * load.num_items
         parts.append(Part("law of the negatives", law, where, "always", "its sums (float64) and logarithms, all items"))
     read_ahead = min(config.data.prefetch_bytes, 4 * load.interactions) if load.interactions else 0
@@ -131,10 +133,10 @@ def memory(
     batch = _BATCHES_AHEAD * 8 * (3 * share.tokens + 3 * share.sequences)
     parts.append(Part("batches", batch, "host", "always", "put together ahead"))
     parts += _evaluation(config, load, shard_rows, world_size, where)
+    dense_state = 4 * sizes.total * (3 if config.training.optimizer == "adamw" else 1)
+    parts.append(Part("dense snapshot", dense_state, "host", "checkpoint", "rank 0, while it is written"))
     if config.training.checkpoint.background:
-        dense_state = 4 * sizes.total * (3 if config.training.optimizer == "adamw" else 1)
         copied = table_bytes + state_bytes if sharded else 0
-        parts.append(Part("dense snapshot", dense_state, "host", "checkpoint", "rank 0, while it is written"))
         parts.append(Part("table snapshot", copied, "host", "checkpoint", "copy of this rank's tables"))
         step = [part for part in parts if part.phase == "step" and part.place == "host"]
         parts += [Part(part.name, part.bytes, part.place, "checkpoint", "training goes on meanwhile") for part in step]
@@ -146,13 +148,11 @@ def _width(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else 4
 
 
-def _zero(config: RunConfig, sizes: Dense, world_size: int, cpu: bool) -> list[tuple[str, int, Phase, str]]:
+def _zero(config: RunConfig, sizes: Dense, world_size: int) -> list[tuple[str, int, Phase, str]]:
     """DeepSpeed's: parameters, fp32 master parts, moments, gradients, buckets."""
     stage, p, b, w = config.training.zero_stage, sizes.total, _width(config), world_size
     moments = 8 if config.training.optimizer == "adamw" else 0
     apart = w if stage else 1
-    bucket = min(p, _REDUCE_BUCKET) if cpu or not stage else _REDUCE_BUCKET  # what no one wrote to is no memory (CPU)
-    bucket_note = "of DeepSpeed's 5e8 numbers those that are used" if cpu else "DeepSpeed's 5e8 numbers, always whole"
     kept = p // (w if stage == 3 else 1)
     found: list[tuple[str, int, Phase, str]] = [
         ("dense parameters", b * kept, "always", f"{p:,} numbers" + (f" / {w}" if stage == 3 else "")),
@@ -164,7 +164,7 @@ def _zero(config: RunConfig, sizes: Dense, world_size: int, cpu: bool) -> list[t
     if stage == 3:
         found.append(("gathered parameters", b * p if w > 1 else 0, "step", "at most all at one time"))
     found.append(("gradients", b * p, "step", "in the model's precision"))
-    found.append(("reduce bucket", b * bucket, "step", bucket_note))
+    found.append(("reduce bucket", b * reduce_bucket(p), "always" if stage == 3 else "step", "a copy of the gradients"))
     return found
 
 

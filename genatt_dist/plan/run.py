@@ -18,13 +18,13 @@ from genatt_dist.config import RunConfig
 from genatt_dist.embedding.planner import bytes_of
 from genatt_dist.plan import layout
 from genatt_dist.plan.cost import Cost, cost
-from genatt_dist.plan.dense import Dense, dense, lookup_ids, train_trace
+from genatt_dist.plan.dense import Dense, dense, feature_ids, lookup_ids, train_trace
 from genatt_dist.plan.hardware import GIB, Hardware, hardware
 from genatt_dist.plan.layout import Shard
 from genatt_dist.plan.memory import Memory, Place, memory
 from genatt_dist.plan.workload import Share, Workload, shares, workload
 
-_USED = 0.92  # of a device's memory that a plan may fill: its model is right to some 15 per cent at best
+USED = 0.92  # of a device's memory that a plan may fill: its model is right to some 15 per cent at best
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Cluster:
     def of(nodes: int, per_node: int, gpu: str, gib: float | None = None) -> Cluster:
         """gib: memory of a rank in GiB; default: the device's, or for `cpu` this machine's, shared by the node's ranks.
 
-        Raises GenattError for an unknown device or a number below 1.
+        Raises GenattError for an unknown device, a number below 1, or no memory.
         """
         machine = hardware(gpu)
+        if gib is not None and gib <= 0:
+            raise GenattError(f"--memory {gib:g}: a rank has some; give its GiB, or leave it out for the device's own")
         if nodes < 1 or per_node < 1:
             raise GenattError(f"--nodes {nodes} --gpus-per-node {per_node}: both have to be at least 1")
         own = machine.memory or psutil.virtual_memory().total // per_node
-        return Cluster(nodes, per_node, machine, int(gib * GIB) if gib else own)
+        return Cluster(nodes, per_node, machine, own if gib is None else int(gib * GIB))
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Plan:
 
     @cached_property
     def fits(self) -> bool:
-        return self.bytes <= _USED * self.cluster.limit
+        return self.bytes <= USED * self.cluster.limit
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for other programs. Sizes in bytes, times in seconds."""
@@ -170,36 +172,40 @@ def _plan(config: RunConfig, cluster: Cluster, load: Workload) -> Plan:
             f"training.batch_sequences={config.training.batch_sequences} for {world_size} ranks: every rank needs a "
             f"sequence; set training.batch_sequences to at least {world_size}"
         )
-    tables = layout.specs(config, load.num_items)
+    tables = layout.specs(config, load)
     shards = layout.shards(tables, config, world_size, cluster.per_node, device, _planner_limit(cluster, config, load))
-    sizes, (heaviest, average) = dense(config, load.num_items), shares(config, load, world_size)
+    sizes = dense(config, load.num_items, load.feature_rows)
+    heaviest, average = shares(config, load, world_size)
     rows = layout.item_rows(shards) if shards else load.num_items + 1
     in_batch = config.loss.kind == "sampled" and config.loss.proposal == "in_batch"
     gathered = world_size if in_batch or (shards and config.loss.kind == "full") else 1
-    trace = train_trace(config, load.num_items, rows, heaviest, device, gathered)
-    usual = trace if average == heaviest else train_trace(config, load.num_items, rows, average, device, gathered)
+    traces = {
+        one: train_trace(config, load.num_items, rows, one, device, gathered, load.features)
+        for one in {heaviest, average}
+    }
     held = _held(config, tables, shards)
-    ids = lookup_ids(config, load.num_items, heaviest, gathered)
+    ids = lookup_ids(config, load.num_items, heaviest, gathered) + feature_ids(config, heaviest, load.features)
     needed = memory(
         config,
         cluster.machine,
         load,
         heaviest,
         sizes,
-        trace,
+        traces[heaviest],
         *held,
         shard_rows=rows if shards else 0,
+        gradient_bytes=layout.gradient_bytes(shards),
         ids=ids,
         world_size=world_size,
         local=cluster.per_node,
     )
-    spent = cost(config, cluster.machine, sizes, usual, average, ids, world_size, cluster.per_node)
+    spent = cost(config, cluster.machine, sizes, traces[average], average, ids, world_size, cluster.per_node)
     return Plan(config, cluster, load, heaviest, sizes, tuple(shards), needed, spent)
 
 
 def _planner_limit(cluster: Cluster, config: RunConfig, load: Workload) -> int:
     """What TorchRec's planner is told a rank has: never so little that it refuses, because the verdict is ours."""
-    whole = sum(sum(bytes_of(spec, config.table)) for spec in layout.specs(config, load.num_items))
+    whole = sum(sum(bytes_of(spec, config.table)) for spec in layout.specs(config, load))
     return max(cluster.limit, 4 * whole)
 
 
@@ -228,7 +234,7 @@ def _changes(found: Plan) -> list[Change]:
             configuration.apply(tree, part)
         try:
             candidate = configuration.parse(tree, "plan")
-            new = _plan(candidate, found.cluster, found.load)
+            new = _plan(candidate, found.cluster, found.load.shortened(candidate.data.max_len))
         except GenattError:
             continue  # not with the rest of this configuration
         if new.bytes > 0.98 * least:
@@ -239,7 +245,7 @@ def _changes(found: Plan) -> list[Change]:
             return made
     more = replace(found.cluster, nodes=2 * found.cluster.nodes)
     try:
-        new = _plan(config, more, found.load)
+        new = _plan(config, more, found.load.shortened(config.data.max_len))
         made.append(Change(f"--nodes {more.nodes}", new.bytes, new.fits))
     except GenattError:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from genatt_dist.plan.run import Plan
+from genatt_dist.plan.run import USED, Plan
 
 
 def size(count: float) -> str:
@@ -20,8 +20,9 @@ def size(count: float) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Verdict, memory of the fullest rank, time of a step, what to change."""
     cluster, machine = plan.cluster, plan.cluster.machine
+    ranks = "rank" if cluster.world_size == 1 else "ranks"
     console.print(
-        f"[bold]{cluster.world_size:,} ranks[/] ({cluster.nodes:,} × {cluster.per_node} {machine.name}), "
+        f"[bold]{cluster.world_size:,} {ranks}[/] ({cluster.nodes:,} × {cluster.per_node} {machine.name}), "
         f"{plan.load.num_items:,} items, {plan.sizes.total:,} dense parameters; an estimate, nothing was run"
     )
     table = Table(title="Memory of the fullest rank", title_justify="left")
@@ -43,7 +44,13 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
-    console.print(f"{verdict}: {size(plan.bytes)} of {size(cluster.limit)} a rank ({plan.place} memory)")
+    console.print(
+        f"{verdict}: {size(plan.bytes)} of {size(cluster.limit)} a rank ({plan.place} memory, of which a plan may fill "
+        f"{USED:.0%})"
+    )
+    if plan.place == "device":
+        host = plan.memory.peak("host")
+        console.print(f"beside it {size(host)} of the machine's memory a rank, {size(host * cluster.per_node)} a node")
     for change in plan.changes:
         console.print(
             f"  with {change.override}: {size(change.bytes)}{', fits' if change.fits else ''}", highlight=False

@@ -15,7 +15,7 @@ from genatt_dist.loss.objective import Candidature
 from genatt_dist.model.context import identity
 from genatt_dist.model.jagged import Jagged
 from genatt_dist.plan.dense import dense, train_trace
-from genatt_dist.plan.workload import Share
+from genatt_dist.plan.workload import Share, workload
 from genatt_dist.training.step import DenseModel, Scale, training_noise
 
 ITEMS, SHARE = 500, Share(sequences=24, length=20)
@@ -86,6 +86,29 @@ def test_parameters_are_counted_exactly() -> None:
         config = _config({"type": attention})
         model = DenseModel(config, ITEMS)
         assert dense(config, ITEMS).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_tables_of_features_are_parameters_too() -> None:
+    columns = [{"type": "context", "column": "gap"}, {"type": "attribute", "column": "brand", "buckets": 30}]
+    config = _config({"type": "dot_product"}, features=columns)
+    load = workload(config, ITEMS, None)
+    model = DenseModel(config, ITEMS, load.feature_rows)
+    sizes = dense(config, ITEMS, load.feature_rows)
+    assert sizes.total == sum(parameter.numel() for parameter in model.parameters())
+    trace = train_trace(config, ITEMS, ITEMS + 1, SHARE, "cpu", features=load.features)
+    without = train_trace(_config({"type": "dot_product"}), ITEMS, ITEMS + 1, SHARE, "cpu")
+    assert trace.peak_bytes >= without.peak_bytes + 4 * 64 * load.feature_rows["gap"]
+
+
+def test_what_is_not_trained_and_rows_of_low_precision_are_seen() -> None:
+    def peak(**sections: Any) -> int:
+        return train_trace(_config({"type": "dot_product"}, **sections), ITEMS, 50_000, SHARE, "cpu").peak_bytes
+
+    full = {"kind": "full", "chunk_tokens": 480}
+    last = {"path": "unused", "max_len": SHARE.length, "targets": "last"}
+    assert peak(loss=full) - peak(loss=full, data=last) > 0.75 * 4 * 50_000 * (SHARE.tokens - SHARE.sequences)
+    half = peak(loss=full, table={"kind": "sharded", "precision": "fp16"})
+    assert half - peak(loss=full, table={"kind": "sharded"}) == pytest.approx(4 * 64 * 50_000, rel=0.05)
 
 
 def test_a_traced_chunked_softmax_is_worth_three_products_over_all_rows() -> None:

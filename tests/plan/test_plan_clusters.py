@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -19,6 +20,7 @@ from genatt_dist.plan.cost import Link
 from genatt_dist.plan.draw import draw
 from genatt_dist.plan.hardware import hardware
 from genatt_dist.plan.run import Cluster, Plan, plan
+from genatt_dist.training.engine import reduce_bucket
 
 CLUSTER_1024 = Cluster.of(128, 8, "h100")
 
@@ -61,6 +63,8 @@ def test_the_drawing_shows_every_rank_and_needs_nothing_else(large: Plan) -> Non
     assert page.count(">node ") == 128
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "A model" in page
+    for drawing in re.findall("<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawing)
 
 
 def test_json_holds_what_the_verdict_rests_on(large: Plan) -> None:
@@ -81,6 +85,21 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert found.changes[-1].fits
     assert any("table.kind=sharded" in change.override for change in found.changes)
+
+
+def test_where_nothing_helps_enough_every_change_is_still_told() -> None:
+    cluster = Cluster.of(1, 1, "h100", gib=0.5)  # less than a CUDA context
+    config = _config(data={"path": "unused", "max_len": 400}, training={"batch_sequences": 64}, loss={"kind": "bce"})
+    found = plan(config, cluster, items=1000)
+    assert not found.fits
+    assert "data.max_len=200" in [change.override for change in found.changes]
+
+
+def test_a_bucket_of_gradients_is_no_larger_than_the_model() -> None:
+    found = plan(_config(), Cluster.of(1, 2, "h100"), items=1000)
+    assert _part(found, "reduce bucket") == 4 * found.sizes.total
+    assert reduce_bucket(10**12) == 500_000_000
+    assert reduce_bucket(0) == 1
 
 
 def test_zero_stages_take_less_on_more_ranks() -> None:
@@ -106,12 +125,13 @@ def test_the_number_of_items_and_lengths_come_from_the_manifest(prepared: Path) 
     [
         ({}, (1, 1, "h101"), 100, "use one of h100"),
         ({}, (1, 1, "cpu"), None, "--items"),
+        ({}, (1, 1, "h100", 0.0), 100, "--memory 0"),
         ({"training": {"batch_sequences": 8}}, (2, 8, "h100"), 100, "at least 16"),
         ({"table": {"kind": "sharded"}, "loss": {"kind": "bce"}}, (8, 8, "h100"), 30, "too few"),
     ],
 )
 def test_mistakes_are_one_line_with_the_way_out(
-    sections: dict[str, Any], cluster: tuple[int, int, str], items: int | None, said: str
+    sections: dict[str, Any], cluster: tuple[Any, ...], items: int | None, said: str
 ) -> None:
     with pytest.raises(GenattError, match=said) as caught:
         plan(_config(**sections), Cluster.of(*cluster), items=items)
