@@ -90,7 +90,8 @@ def check_data(config: RunConfig) -> None:
     if config.table.kind == "sharded":
         check_device(config.table, device_type(config.world_size))
         if config.table.sharding != "table_wise":
-            check_shards(sequences.num_items + 1, config.world_size)
+            managed = config.table.managed_collision
+            check_shards((managed.rows if managed else sequences.num_items) + 1, config.world_size)
 
 
 def read_config(run: Path) -> RunConfig:

@@ -28,6 +28,18 @@ _OTHER_SHARDINGS = dict.fromkeys(
 }
 
 
+class ManagedCollision(Section):
+    """A table with fewer rows than the catalogue has items: rows belong to the items that training sees (TorchRec's
+    managed collision).
+    """
+
+    rows: int = Field(ge=2, description="Of the item table; one of them is shared by all items without their own.")
+    policy: Literal["lfu", "lru", "distance_lfu"] = Field(
+        "distance_lfu", description="Who keeps a row: the most frequent items, the latest ones, or by both."
+    )
+    eviction_interval: int = Field(100, ge=1, description="Steps after which rows change hands again; first at once.")
+
+
 class TableConfig(Section):
     """The item table: inside the dense model, or sharded over the ranks by TorchRec."""
 
@@ -53,8 +65,8 @@ class TableConfig(Section):
         "fp32", description="Of a sharded table's rows (bf16: CUDA); its optimizer's state is fp32. Rounds to nearest."
     )
     init_std: float = Field(0.02, gt=0)
-    managed_collision: bool = Field(
-        False, description="Ids without limit in a fixed number of rows (TorchRec's ZCH): not wired, see hash buckets."
+    managed_collision: ManagedCollision | None = Field(
+        None, description="More items than rows (CUDA; not with loss.kind=full). Default: a row for every item."
     )
 
     @field_validator("sharding", mode="before")
@@ -93,11 +105,6 @@ def check_device(config: TableConfig, device_type: str) -> None:
     if config.kind == "replicated":
         return
     if device_type == "cuda":
-        if config.managed_collision:
-            raise GenattError(
-                "table.managed_collision=true: its map of ids to rows is in no checkpoint yet, so a run could not be "
-                "resumed or exported; prepare the data with --hash-buckets instead"
-            )
         return
     if config.optimizer not in CPU_OPTIMIZERS:
         raise GenattError(
@@ -115,6 +122,6 @@ def check_device(config: TableConfig, device_type: str) -> None:
         )
     if config.managed_collision:
         raise GenattError(
-            f"table.managed_collision=true on {device_type}: TorchRec's managed collision runs on CUDA only; prepare "
-            "the data with --hash-buckets instead"
+            f"table.managed_collision on {device_type}: TorchRec's managed collision of sharded tables is for CUDA "
+            "only; prepare the data with --hash-buckets instead"
         )

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -24,10 +25,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_pipeline.errors import GenattError
 from genatt_dist.config import TableConfig
+from genatt_dist.embedding.managed import ManagedRows
 from genatt_dist.embedding.planner import DATA_TYPES, collection, local_memory, local_ranks, plan, sharder
 from genatt_dist.embedding.rank_exchange import rank_over_ranks
 from genatt_dist.embedding.ranking import Query, Ranking
-from genatt_dist.embedding.table import ITEM_TABLE, TableShard, TableSpec, fill_initial_rows, item_spec
+from genatt_dist.embedding.table import ITEM_TABLE, TableShard, TableSpec, fill_initial_rows, fresh_rows, item_spec
 
 
 class ShardedTable:
@@ -53,8 +55,9 @@ class ShardedTable:
         self._device, self._names = device, [spec.name for spec in specs]
         self.learning_rate = learning_rate
         tables, maker = collection(specs, config), sharder(config, learning_rate)
-        local = local_ranks(dist.get_world_size())
-        memory = _least(local_memory(device, local), device)
+        here = local_ranks(dist.get_world_size())
+        # Of all hosts the least: ranks that plan from unequal numbers would make different plans.
+        local, memory = _least(here, device), _least(local_memory(device, here), device)
         self._model = DistributedModelParallel(
             tables,
             device=device,
@@ -68,6 +71,30 @@ class ShardedTable:
             for shard in self._tensors[spec.name].local_shards():
                 row, column = shard.metadata.shard_offsets
                 fill_initial_rows(shard.tensor.detach(), row, column, spec.width, spec.init_std, spec.seed)
+        managed = config.managed_collision
+        self._managed = ManagedRows(managed, num_items, device) if managed else None
+
+    def observe(self, items_N: Tensor) -> None:
+        """Tell a table with managed collision which items a training step's windows have, before they are looked up:
+        rows that change hands start afresh, without optimizer state. Collective; else nothing happens.
+        """
+        changed_E = self._managed.observe(items_N) if self._managed else None
+        if changed_E is None:
+            return
+        for shard in self._sharded():
+            place_E = changed_E - shard.first_row
+            here_E = (place_E >= 0) & (place_E < len(shard.rows))
+            if shard.name == ITEM_TABLE:
+                spec, place_E = self._items, place_E[here_E]
+                rows_ED = fresh_rows(changed_E[here_E], spec.width, spec.init_std, spec.seed)
+                shard.rows.index_copy_(0, place_E, rows_ED.to(shard.rows.dtype))
+                for state in shard.optimizer.values():
+                    state.index_fill_(0, place_E, 0)
+
+    def restored(self) -> None:
+        """To be called when `shards` were filled from a checkpoint. Collective."""
+        if self._managed:
+            self._managed.restored()
 
     def lookup(self, ids_N: Tensor) -> Tensor:
         """Item rows [N, D] of the ids, float32. Its backward updates the rows: one lookup a training step, this or
@@ -83,6 +110,8 @@ class ShardedTable:
         An id travels once, however often it is asked for: windows and negatives repeat popular items.
         """
         nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+        if self._managed and ITEM_TABLE in ids:
+            ids = {**ids, ITEM_TABLE: self._managed.rows_of(ids[ITEM_TABLE])}
         unique = {name: ids_N.unique(return_inverse=True) for name, ids_N in ids.items()}
         parts = [unique[name][0] if name in unique else nothing for name in self._names]
         lengths = torch.tensor([len(part) for part in parts], device=self._device)
@@ -109,11 +138,16 @@ class ShardedTable:
     @property
     def optimizer_state(self) -> dict[str, Tensor]:
         """This rank's part of the fused optimizer's state of the item table by name, views like `rows_VD`."""
-        return next((shard.optimizer for shard in self.shards if shard.name == ITEM_TABLE), {})
+        return next((shard.optimizer for shard in self._sharded() if shard.name == ITEM_TABLE), {})
 
     @property
     def shards(self) -> list[TableShard]:
-        """What lies on this rank, in the order of the tables, then of rows and columns."""
+        """What lies on this rank, in the order of the tables, then of rows and columns; and this rank's part of the
+        map of managed collision, which is taken up by `restored`.
+        """
+        return [*self._sharded(), *(self._managed.shards if self._managed else [])]
+
+    def _sharded(self) -> list[TableShard]:
         states = self._states()
         return [
             TableShard(
@@ -149,8 +183,24 @@ class ShardedTable:
             group["lr"] = rate
         self._optimizer.step()  # a fused optimizer's step() only hands the rate to the kernel
 
+    def set_updates(self, count: int) -> None:
+        """Updates done so far, before each one: fbgemm's Adam corrects its moments by a count of its own, which lies in
+        no state and grows with every lookup, evaluation's too.
+        """
+        for module in self._model.modules():
+            for lookup in getattr(module, "_lookups", ()):  # a plain list: `modules` does not go into it
+                for kernel in lookup.modules():
+                    if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+                        kernel.iter.fill_(count)
+                        kernel.iter_cpu.fill_(count)
+
     def rank(self, query: Query, k: int, chunk: int) -> Ranking:
         """Rank all items for this rank's users, exactly as the replicated table does. Collective."""
+        if self._managed:
+            return self._managed.rank(self._rank_rows, query, k, chunk)
+        return self._rank_rows(query, k, chunk)
+
+    def _rank_rows(self, query: Query, k: int, chunk: int) -> Ranking:
         rows_VD, first_id = (self.rows_VD[1:], 1) if self.first_row == 0 else (self.rows_VD, self.first_row)
         return rank_over_ranks(query, rows_VD, first_id, k, chunk)
 

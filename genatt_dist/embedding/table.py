@@ -19,6 +19,8 @@ from genatt_dist.embedding.options import Sharding, TableConfig
 from genatt_dist.embedding.ranking import Query, Ranking, rank_shard, target_scores
 
 ITEM_TABLE = "item"
+# Of managed collision, what a checkpoint has as tables beside it: `ManagedRows.shards`.
+MAP_TABLE, SEEN_TABLE = "item.map", "item.seen"
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -39,7 +41,8 @@ class TableSpec:
 
 def item_spec(num_items: int, width: int, config: TableConfig, seed: int) -> TableSpec:
     """The item table of a run whose training seed is `seed`."""
-    return TableSpec(ITEM_TABLE, num_items + 1, width, config.init_std, seed, config.sharding)
+    rows = config.managed_collision.rows if config.managed_collision else num_items
+    return TableSpec(ITEM_TABLE, rows + 1, width, config.init_std, seed, config.sharding)
 
 
 def table_seed(seed: int, name: str) -> int:
@@ -89,15 +92,20 @@ def fill_initial_rows(rows_VD: Tensor, first_row: int, first_column: int, width:
     (first_row, first_column). In blocks: the draws' words take several times the rows, and a second copy of a large
     shard might not fit.
     """
-    root = derive(seed, int(Purpose.INITIAL))
     columns = slice(first_column, first_column + rows_VD.shape[1])
     block = max(1, _BLOCK_ELEMENTS // width)
     for low in range(0, len(rows_VD), block):
         part = rows_VD[low : low + block]
-        key = derive(root, torch.arange(first_row + low, first_row + low + len(part)))
-        assert isinstance(key, Tensor)
-        part.copy_((normal(key, width) * std)[:, columns])
+        row_N = torch.arange(first_row + low, first_row + low + len(part))
+        part.copy_(fresh_rows(row_N, width, std, seed)[:, columns])
     rows_VD[: max(0, min(1 - first_row, len(rows_VD)))] = 0  # row 0 is padding
+
+
+def fresh_rows(row_N: Tensor, width: int, std: float, seed: int) -> Tensor:
+    """Some rows of a fresh table, none of them the padding row: float32 [N, D]."""
+    key_N = derive(derive(seed, int(Purpose.INITIAL)), row_N)
+    assert isinstance(key_N, Tensor)
+    return normal(key_N, width) * std
 
 
 def every_rank_has_rows(num_rows: int, world_size: int) -> bool:

@@ -21,7 +21,7 @@ from genatt_dist.model.backbone import Backbone
 from genatt_dist.training.checkpoint.files import COMPLETE
 from genatt_dist.training.checkpoint.read import Checkpoint
 from genatt_dist.training.checkpoint.store import Store
-from genatt_dist.training.checkpoint.tables import table_name, whole_table
+from genatt_dist.training.checkpoint.tables import map_of_items, table_name, whole_table
 from genatt_dist.training.engine import select_device
 from genatt_dist.training.step import DenseModel
 
@@ -57,7 +57,9 @@ def load(run: Path, inference: Sequence[str] = ()) -> Trained:
             f"{run} was trained on data with manifest {progress.manifest_hash[:12]}…, {config.data.path} now has "
             f"{sequences.manifest_hash[:12]}…: prepare the same data again, or train again"
         )
-    model = DenseModel(replicated(config), sequences.num_items, sequences.features.num_rows)
+    managed = config.table.managed_collision
+    num_rows = managed.rows if managed else sequences.num_items
+    model = DenseModel(replicated(config), num_rows, sequences.features.num_rows)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     stored = source.dense(lambda name: name.startswith(("parameter.", "buffer.")) and name.split(".", 1)[1] in wanted)
     state = {name.split(".", 1)[1]: value for name, value in stored.items()}
@@ -74,5 +76,12 @@ def load(run: Path, inference: Sequence[str] = ()) -> Trained:
     device = select_device()
     model.to(device).eval()
     assert model.items is not None
-    items = with_features(model.items, model.features)
+    items: ItemTable = model.items
+    if managed:
+        from genatt_dist.embedding.managed import ManagedRows, ManagedTable
+
+        rows = ManagedRows(managed, sequences.num_items, device)
+        rows.load(map_of_items(source))
+        items = ManagedTable(items, rows)
+    items = with_features(items, model.features)
     return Trained(config, model.backbone, items, sequences, device, progress.step)

@@ -213,6 +213,7 @@ class Trainer:
             gamma = generative.gamma * gamma_factor(generative.gamma_warmup, step, self._total_steps)
         if self._sharded:
             self._sharded.set_learning_rate(self._config.table_learning_rate * rate)
+            self._sharded.set_updates(self._progress.step)
         self._engine.set_learning_rate(self._config.training.learning_rate * rate)
         return self._step(batches, step, gamma)
 

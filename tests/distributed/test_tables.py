@@ -166,3 +166,24 @@ def test_more_ranks_than_rows_are_refused(make_config: Callable[..., RunConfig])
     """Four rows on three ranks are 2, 2 and none. Every rank says so; none waits for another."""
     for error in ranks.run_in_group(_refused, 3, make_config(), 3):
         assert "3 items are too few for world_size=3" in error
+
+
+def test_updates_are_counted_without_evaluations(make_config: Callable[..., RunConfig]) -> None:
+    """fbgemm counts lookups; what its Adam reads is set before each update instead."""
+    assert ranks.run_in_group(count_after_lookups, 2, make_config(), 7) == [[8], [8]]
+
+
+def count_after_lookups(config: RunConfig, updates: int) -> list[int]:
+    """fbgemm's count in the lookup of update number `updates` + 1, after others."""
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+
+    table = sharded_table(config, 200)
+    ids = torch.arange(1, 9)
+    with torch.no_grad():
+        table.lookup(ids)
+        table.lookup(ids)
+    table.set_updates(updates)
+    table.lookup(ids)
+    lists = [getattr(module, "_lookups", ()) for module in table._model.modules()]
+    kernels = [kernel for lookups in lists for lookup in lookups for kernel in lookup.modules()]
+    return [int(kernel.iter_cpu) for kernel in kernels if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen)]

@@ -120,12 +120,6 @@ def test_what_only_cuda_can_do_is_refused_on_the_cpu(options: dict[str, Any], wo
         plan([item_spec(100, 8, config, 0)], config, 2, 2, "cpu", _GIB)
 
 
-@pytest.mark.parametrize(("device", "words"), [("cpu", "runs on CUDA only"), ("cuda", "in no checkpoint yet")])
-def test_managed_collision_is_refused_with_the_way_out(device: str, words: str) -> None:
-    with pytest.raises(GenattError, match=f"{words}.*--hash-buckets"):
-        check_device(_sharded(managed_collision=True), device)
-
-
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
