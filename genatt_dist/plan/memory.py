@@ -103,6 +103,10 @@ def memory(
     if sharded:
         parts.append(Part("table rows", table_bytes, where, "always", "of the fullest rank, exact"))
         parts.append(Part("table optimizer", state_bytes, where, "always", f"{config.table.optimizer}, exact"))
+    if managed := config.table.managed_collision:
+        numbers = 2 if managed.policy == "distance_lfu" else 1
+        size = (24 + 16 * numbers) * managed.rows + 8 * load.num_items
+        parts.append(Part("map of items", size, where, "always", "managed collision, the same on every rank"))
     parts += [Part(name, size, where, phase, note) for name, size, phase, note in _zero(config, sizes, world_size)]
     vocabulary_parallel = sharded and config.loss.kind == "full"
     traced_gradients = sizes.total * _width(config) + (shard_rows * d * 4 if vocabulary_parallel else 0)
