@@ -1,7 +1,7 @@
 """The same worker under three launchers: a single process, torchrun, or the deepspeed launcher.
 
 `launch` starts it with the allocator and thread settings it needs, passes signals on, and ends the whole process group
-it made. Where it is killed outright, the kernel ends what it had started: no worker trains on unseen.
+it made. Where it is killed outright, the kernel ends what it had started, and workers watch it (`launch/orphan.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data_pipeline.errors import GenattError
 from genatt_dist.launch.limits import available_cores
+from genatt_dist.launch.orphan import LAUNCHER_PID
 
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
@@ -41,7 +42,7 @@ def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> N
 
     # The directory has no option of its own: torchrun would take `--run` for an abbreviation of its `--run-path`.
     arguments = [str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
-    environment = worker_environment(os.environ, world_size)
+    environment = worker_environment(os.environ, world_size) | {LAUNCHER_PID: str(os.getpid())}
     if "DS_ACCELERATOR" not in environment:
         environment["DS_ACCELERATOR"] = device_type(world_size)
         if 0 < (gpus := torch.cuda.device_count()) < world_size:

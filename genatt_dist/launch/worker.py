@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from data_pipeline.errors import GenattError
+from genatt_dist.launch.orphan import end_with_launcher
 
 USER_ERROR = 2
 _RANK_0_FIRST_SECONDS = 3
@@ -32,6 +33,7 @@ def main() -> None:
         "--local_rank", type=int, default=0, help="given by the deepspeed launcher; LOCAL_RANK says the same"
     )
     arguments = parser.parse_args()
+    end_with_launcher()
     _quiet()
     from genatt_dist.training.trainer import train
 

@@ -1,5 +1,6 @@
 """A process that trains and is killed outright takes its worker with it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from genatt_dist.launch.orphan import LAUNCHER_PID
 
 # The worker is one that would sleep; torch, which `launch` asks for GPUs only, is left out.
 _LAUNCH = """
@@ -35,6 +38,29 @@ def test_worker_ends_with_its_killed_parent(tmp_path: Path) -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert _comes(lambda: not psutil.pid_exists(worker.pid) or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_worker_ends_with_a_launcher_that_is_not_its_parent(tmp_path: Path) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    script = (
+        "import time; from genatt_dist.launch.orphan import end_with_launcher; end_with_launcher(); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ | {LAUNCHER_PID: str(launcher.pid)}, stdout=subprocess.PIPE
+    )
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"ready\n"
+        assert worker.poll() is None
+        launcher.kill()
+        launcher.wait()
+        assert worker.wait(30) == -signal.SIGTERM
+    finally:
+        launcher.kill()
+        worker.kill()
+        worker.communicate()
+        launcher.wait()
 
 
 def _comes(sign: Callable[[], bool]) -> bool:
