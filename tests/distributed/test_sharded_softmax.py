@@ -64,7 +64,7 @@ def test_sharded_full_softmax_follows_plain_pytorch(
     _claim(make_config(FULL, *overrides), world_size)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("stage", "world_size", "attention"), [(0, 3, SAMPLES), (1, 2, DIFFUSION), (2, 1, SAMPLES), (3, 2, SAMPLES)]
 )
