@@ -296,10 +296,10 @@ class TestChild:
     def test_a_variant_that_would_not_fit_is_not_run(self) -> None:
         with Child(60) as child:
             variant = replace(SMALL, sampler="unrolled", steps=100, max_len=50, batch=64)
-            found = child.ask("alone", variant, Limits(64 * MIB, 60))
+            found = child.ask("alone", variant, Limits(160 * MIB, 60))
         assert found.status == "out_of_memory"
         assert found.seconds is None
-        assert "of the 64 MiB it may take" in found.note
+        assert "of the 160 MiB it may take" in found.note
 
     def test_memory_that_runs_out_in_the_middle_is_an_answer(self) -> None:
         """The limit alone, without the forecast: even the first small step does not fit."""

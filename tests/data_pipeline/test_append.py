@@ -85,7 +85,7 @@ def few(check: Callable[..., None]) -> Callable[..., None]:
 
 def many(check: Callable[..., None]) -> Callable[..., None]:
     more = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])(check)
-    return pytest.mark.slow(more)
+    return pytest.mark.exhaustive(more)
 
 
 ids = st.integers(-2, 6)

@@ -332,7 +332,7 @@ def assert_says_disk_full(child: subprocess.Popen, out: Path, where: str) -> Non
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(150)
 def test_disk_over_rays_threshold(tmp_path: Path):
     out = tmp_path / "out"

@@ -125,7 +125,9 @@ def test_same_bytes_wherever_it_comes_from_and_goes_to(out: str, log: str, local
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on", ["no ray", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "on", [pytest.param("no ray", marks=pytest.mark.exhaustive), pytest.param("ray", marks=pytest.mark.ray)]
+)
 def test_bursts_of_refusals_change_nothing(on: str, log: str, local: dict, s3, faults, request: pytest.FixtureRequest):
     run = request.getfixturevalue("on_ray") if on == "ray" else prepare
     for method, number in (("GET", 12), ("PUT", 6)):

@@ -145,7 +145,7 @@ def test_permanent_refusal_is_an_error_in_bounded_time(s3, faults, impatient, op
     assert "(tried for " in message
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_permanent_refusal_keeps_the_documented_limit(s3, faults):
     url = s3.put("log", CONTENT)
     faults.fail_always()
