@@ -30,6 +30,7 @@ from genatt_dist.attention.options import (
 from genatt_dist.embedding.feature_options import Feature
 from genatt_dist.embedding.options import TableConfig
 from genatt_dist.evaluation.options import EvaluationConfig
+from genatt_dist.launch.options import RayOptions
 from genatt_dist.loss.options import LossConfig
 from genatt_dist.section import Section
 from genatt_dist.training.options import TrainingConfig
@@ -55,6 +56,11 @@ class DataConfig(Section):
         65_536,
         ge=1,
         description="Windows shuffled together, at least, where there are more; fewer are shuffled as a whole.",
+    )
+    feed: Literal["loader", "ray"] = Field(
+        "loader",
+        description="What reads the shards: the ranks, or Ray Data (launcher=ray only; its order is its own, so that a "
+        "run resumes at epochs' ends only).",
     )
     prefetch_bytes: int = Field(
         PREFETCH_BYTES,
@@ -113,6 +119,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     world_size: int = Field(1, ge=1, description="Ranks of the run.")
+    ray: RayOptions = RayOptions()
 
     @property
     def table_learning_rate(self) -> float:

@@ -40,7 +40,7 @@ def refusal(file: Path, *overrides: str) -> str:
         ("modle.hidden_size=3", "unknown key modle: did you mean model?"),
         ("training.epoch=3", "unknown key training.epoch: did you mean training.epochs?"),
         ("loss.negatives=3", "unknown key loss.negatives: did you mean loss.num_negatives?"),
-        ("zzz=3", "unknown key zzz: known: data, evaluation, features, loss, model, table, training, world_size"),
+        ("zzz=3", "unknown key zzz: known: data, evaluation, features, loss, model, ray, table, training, world_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(override: str, message: str, file: Path) -> None:

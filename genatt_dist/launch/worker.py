@@ -35,10 +35,11 @@ def main() -> None:
     arguments = parser.parse_args()
     end_with_launcher()
     _quiet()
+    from genatt_dist import config as configuration
     from genatt_dist.training.trainer import train
 
     try:
-        train(arguments.run, arguments.launcher, arguments.resume)
+        train(configuration.load(arguments.run / "config.yaml"), arguments.run, arguments.launcher, arguments.resume)
     except GenattError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

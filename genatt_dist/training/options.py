@@ -57,4 +57,16 @@ class TrainingConfig(Section):
         description="Updates between checkpoints; one is written after each evaluation anyway.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stop_seconds: float = Field(
+        25.0,
+        gt=0,
+        description="After SIGTERM, Ctrl-C or a notice of preemption: the step under way ends and a checkpoint is "
+        "written within this time, or the run ends without one.",
+    )
+    silence_seconds: float = Field(
+        30.0, ge=5, description="A rank that gives no sign of life for this long is lost, and named."
+    )
+    collective_seconds: float = Field(
+        600.0, ge=10, description="A step, or one operation over all ranks, that takes longer hangs, and is named."
+    )
     seed: int = Field(0, ge=0)

@@ -9,15 +9,15 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import GenattError
-from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
 from genatt_dist.data.ahead import Waiting
 from genatt_dist.data.batches import Batch, TrainingBatches
@@ -50,16 +50,30 @@ class Summary:
     train: dict[str, float | int | str]
 
 
-def train(run: Path, launcher: str, resume: bool = False) -> Summary:
-    """Train the run whose directory holds `config.yaml`; the process group's variables are in the environment.
+class Feed(Protocol):
+    """What gives a rank its parts of the global batches of an epoch: `TrainingBatches`, or Ray Data's."""
 
+    def iterate(
+        self, epoch: int, first_batch: int, rank: int, world_size: int, device: torch.device
+    ) -> Iterator[Batch]: ...
+
+
+def train(
+    config: RunConfig,
+    run: Path,
+    launcher: str,
+    resume: bool = False,
+    feed: Callable[[TrainingBatches], Feed] | None = None,
+) -> Summary:
+    """Train `config` into the directory `run`; the process group's variables are in the environment.
+
+    feed: makes of the plan what feeds the ranks; default: the plan itself, which reads the shards.
     Raises GenattError with one line for the user; writes `summary.json` when done.
     """
-    config = configuration.load(run / "config.yaml")
     device = select_device()
     init_process_group(device)
     try:
-        return Trainer(run, config, device, launcher, resume).run()
+        return Trainer(run, config, device, launcher, resume, feed).run()
     finally:
         dist.destroy_process_group()
 
@@ -67,7 +81,15 @@ def train(run: Path, launcher: str, resume: bool = False) -> Summary:
 class Trainer:
     """One rank of one run: what it owns, and the loop over epochs."""
 
-    def __init__(self, run: Path, config: RunConfig, device: torch.device, launcher: str, resume: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: RunConfig,
+        device: torch.device,
+        launcher: str,
+        resume: bool,
+        feed: Callable[[TrainingBatches], Feed] | None = None,
+    ) -> None:
         self._run, self._config, self._device, self._launcher = run, config, device, launcher
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._sequences = Sequences.read(
@@ -75,6 +97,7 @@ class Trainer:
         )
         feature_rows = self._sequences.features.num_rows
         self.batches = TrainingBatches.plan(self._sequences, config.data, config.training)
+        self._feed: Feed = feed(self.batches) if feed else self.batches
 
         torch.manual_seed(config.training.seed)  # fresh dense weights; all later draws are keyed
         self._engine = Engine(DenseModel(config, self._sequences.num_items, feature_rows), config.training)
@@ -166,7 +189,7 @@ class Trainer:
         part: list[Batch] = []
         shares: list[Losses] = []
         rate, since, counted = 0.0, time.perf_counter(), progress.sequences
-        parts = self.batches.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device)
+        parts = self._feed.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device)
         batches, waited = Waiting(parts), 0.0
 
         def log() -> None:

@@ -1,0 +1,5 @@
+"""`python -m genatt_dist.cli`."""
+
+from genatt_dist.cli import main
+
+main()
