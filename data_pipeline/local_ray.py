@@ -15,11 +15,13 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray._private import worker as ray_worker
+from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.data import DataContext, Dataset
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, WorkerCrashedError
 
 from data_pipeline.errors import GenattError
+from data_pipeline.ray_head import RayHead
 from data_pipeline.storage import check_access, one_line
 
 # Read by the processes Ray starts. One Polars thread a task: Ray runs as many tasks as there are CPUs.
@@ -69,12 +71,12 @@ def local_ray(
     before = {name: getattr(context, name) for name in CONTEXT}
     preserve_order = context.execution_options.preserve_order
     levels, printed = [logger.level for logger in loggers], ray_worker.print_to_stdstream
-    ours, began = not ray.is_initialized(), time.perf_counter()
+    ours, began, head = not ray.is_initialized(), time.perf_counter(), None
     try:
         if ours:
             # Not public, but what the raylet has to say (tracebacks of it, pages of its log) goes to stdout otherwise.
             ray_worker.print_to_stdstream = lambda *_, **__: None
-            _start(num_cpus, object_store_bytes)
+            head = _start(num_cpus, object_store_bytes)
         for name, value in CONTEXT.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = True  # ties of time are broken by the order of the source
@@ -90,6 +92,8 @@ def local_ray(
         if ours:
             _end_executors()
             ray.shutdown()
+            if head:
+                head.end()
             ray_worker.print_to_stdstream = printed
         for thread in threading.enumerate():
             if thread.name == READER:  # of a stage that did not end: it has something to say, which nobody should hear
@@ -117,31 +121,46 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
+def _start(num_cpus: int | None, object_store_bytes: int | None) -> RayHead | None:
+    """Connect to the cluster of RAY_ADDRESS, or to a Ray that is started here, which is returned."""
+    cluster, head = os.environ.get("RAY_ADDRESS"), None
+    if not cluster:
+        own = {
+            "num_cpus": num_cpus,
+            "object_store_memory": object_store_bytes or store_bytes(num_cpus),
+            "include_dashboard": False,
+            "_system_config": {
+                "max_io_workers": max(1, (num_cpus or cpus()) // CPUS_PER_SPILLER),
+                "prestart_worker_first_driver": False,  # that one asks for none
+            },
+        }
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray sets it where it starts a cluster in this process
+        Config.initialize("")  # not public: reads that variable again
+        head = RayHead(own, os.environ | ENVIRONMENT)
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
-    cluster = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {
-        "num_cpus": num_cpus,
-        "object_store_memory": object_store_bytes or store_bytes(num_cpus),
-        "include_dashboard": False,
-        "_system_config": {"max_io_workers": max(1, (num_cpus or cpus()) // CPUS_PER_SPILLER)},
-    }
-    shared = {"runtime_env": {"env_vars": ENVIRONMENT}}
     terminated = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            address=cluster or "local", log_to_driver=False, logging_level=logging.ERROR, **(shared if cluster else own)
+            address=head.address if head else cluster,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": ENVIRONMENT} if cluster else None,
         )
         if callable(terminated):  # Ray puts a handler of its own in its place
             signal.signal(signal.SIGTERM, terminated)
-    except Exception as error:  # ray raises half a dozen kinds here
+    except BaseException as error:
+        if head:
+            head.end()
+        if not isinstance(error, Exception):  # ray raises half a dozen kinds of these
+            raise
         raise GenattError(
-            f"Ray cannot start: {one_line(error)}: end other Ray processes or free memory and disk, then try again"
+            f"cannot connect to Ray at {head.address if head else cluster}: {one_line(error)}: see whether it runs"
         ) from error
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return head
 
 
 def _warm_up(paths: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import ray
 from log_reference import Row, prepare_slowly
 
-from data_pipeline import planning
+from data_pipeline import planning, ray_head
 from data_pipeline import prepare as prepare_module
 from data_pipeline.config import PrepareConfig
 from data_pipeline.errors import GenattError
@@ -338,12 +338,9 @@ def test_interruption_leaves_nothing(
 
 
 def test_ray_that_cannot_start(options: Options, log: Callable[..., str], monkeypatch: pytest.MonkeyPatch):
-    def broken(**_: object) -> None:
-        raise RuntimeError("no space\nleft")
-
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", broken)
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # the session's Ray is not this test's to end
+    monkeypatch.setattr(ray_head, "PROGRAM", (sys.executable, "-c", "raise RuntimeError('no space left')"))
     message = refusal(options(log(user_id=[1], item_id=[1], timestamp=[1])))
-    assert message.startswith("Ray cannot start: no space left")
+    assert message.startswith("Ray cannot start: RuntimeError: no space left")
     assert "POLARS_MAX_THREADS" not in os.environ
