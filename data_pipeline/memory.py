@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from data_pipeline.ray_head import RayHead
+
 INTERVAL = 0.25  # seconds between samples
 CPU_SHARE = 0.015  # of a core that reading PSS may bring the sampler to
 CPU_BURST = 0.1  # CPU seconds it may be ahead of that: a short preparation is measured as well
@@ -282,10 +284,8 @@ def spilled_bytes() -> int | None:
     None without Ray, on a cluster that others started (its counters are everybody's), or when Ray does not answer.
     """
     import ray
-    from ray._private import worker
 
-    node = worker._global_node
-    if not ray.is_initialized() or node is None or not node.is_head():
+    if not ray.is_initialized() or RayHead.running is None:
         return None
     # Not public, but all that works without the dashboard: what `ray memory --stats-only` asks the raylet for.
     from ray._private.internal_api import get_memory_info_reply

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipeline.errors import GenattError
 from data_pipeline.storage import one_line
@@ -28,6 +28,8 @@ _UP = "Ray is up at "
 
 class RayHead:
     """A Ray that runs until `end`, or until the process that started it is gone."""
+
+    running: ClassVar[RayHead | None] = None  # the one this process has started
 
     def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         """options: of `ray.init`. environment: of all of Ray's processes. Raises GenattError: Ray cannot start."""
@@ -43,7 +45,7 @@ class RayHead:
                     start_new_session=True,  # Ctrl-C is for us: we end it in order
                 )
                 if address := self._address():
-                    self.address = address
+                    self.address, RayHead.running = address, self
                     return
                 self.end()
                 said.seek(0)
@@ -64,6 +66,7 @@ class RayHead:
 
     def end(self) -> None:
         """End it and all of its processes."""
+        RayHead.running = None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
