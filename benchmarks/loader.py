@@ -44,8 +44,8 @@ def measure(pipe: Connection, shards: str, config: str, overrides: list[str], ro
     """The rows of one setting, one a round."""
     import torch.distributed as dist
 
-    from genatt_dist.data.ahead import Waiting
     from genatt_dist.training.engine import init_process_group, select_device
+    from genatt_dist.training.timing import SectionTimer
     from genatt_dist.training.trainer import Trainer
 
     resolved = configuration.load(config, [*overrides, f"data.path={shards}"])
@@ -58,8 +58,8 @@ def measure(pipe: Connection, shards: str, config: str, overrides: list[str], ro
             row: dict[str, Any] = {"round": number}
             for what in ("trainer", "loader"):  # first the one that may have to wait
                 tokens, started = 0, time.perf_counter()
-                batches = Waiting(trainer.batches.iterate(number, 0, 0, 1, device))
-                for batch in batches:
+                timer = SectionTimer(device)
+                for batch in timer.waiting(trainer.batches.iterate(number, 0, 0, 1, device)):
                     if what == "trainer":
                         trainer.update([batch], 1.0)
                     tokens += batch.num_tokens
@@ -67,8 +67,9 @@ def measure(pipe: Connection, shards: str, config: str, overrides: list[str], ro
                 row[f"{what}_seconds"] = round(seconds, 3)
                 row[f"{what}_tokens_per_second"] = round(tokens / seconds, 1)
                 if what == "trainer":
-                    row["waited_seconds"] = round(batches.seconds, 4)
-                    row["input_stall"] = round(batches.seconds / seconds, 5)
+                    waited = timer.take()["input"]
+                    row["waited_seconds"] = round(waited, 4)
+                    row["input_stall"] = round(waited / seconds, 5)
             row["ratio"] = round(row["loader_tokens_per_second"] / row["trainer_tokens_per_second"], 2)
             pipe.send(row)
     pipe.send(None)

@@ -55,9 +55,11 @@ CANCEL_SECONDS = 10.0  # that Ray gets to end the workers of cancelled tasks
 
 @contextmanager
 def local_ray(
-    num_cpus: int | None, object_store_bytes: int | None = None, paths: Sequence[str] = ()
+    num_cpus: int | None, object_store_bytes: int | None = None, paths: Sequence[str] = (), warm: bool = True
 ) -> Iterator[float]:
     """Ray, quiet, for the time of the block; yields the seconds its start took.
+
+    paths: whose libraries are loaded by the workers that `warm` has started ahead.
 
     One that runs already is used as it is, whatever `num_cpus`, and stays; inside a Ray job that is the job's cluster
     (RAY_ADDRESS).
@@ -82,7 +84,7 @@ def local_ray(
         context.execution_options.preserve_order = True  # ties of time are broken by the order of the source
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)  # an error is reported once, by us
-        if ours:
+        if ours and warm:
             _warm_up(paths)
         yield time.perf_counter() - began if ours else 0.0
     finally:

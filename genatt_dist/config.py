@@ -149,6 +149,12 @@ class RunConfig(Section):
                 "table.learning_rate with table.kind=replicated: a replicated table shares the dense optimizer; "
                 "set training.learning_rate, or table.kind=sharded"
             )
+        if self.data.feed == "ray" and self.training.checkpoint_every is not None:
+            raise ValueError(
+                f"training.checkpoint_every={self.training.checkpoint_every} with data.feed=ray: Ray Data's order has "
+                "no place to go on from inside an epoch; drop it (a checkpoint is written after each evaluation, see "
+                "training.evaluate_every), or use data.feed=loader"
+            )
         if self.training.precision == "bf16" and self.training.zero_stage == 0:
             raise ValueError(
                 "training.precision=bf16 with training.zero_stage=0: without ZeRO, DeepSpeed's bf16 drifts from fp32 "

@@ -16,7 +16,10 @@ from data_pipeline.storage import check_access, redact
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
 from genatt_dist.embedding.options import check_device
-from genatt_dist.launch.launchers import check_launcher, device_type, launch
+from genatt_dist.launch.hosts import Hosts
+from genatt_dist.launch.launchers import check_launcher, launch
+from genatt_dist.launch.places import Place, device_type, take
+from genatt_dist.training.stopped import STOPPED
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -43,29 +46,54 @@ _RESUMABLE = {
 }
 
 
-def train(config: RunConfig, run: Path, launcher: str | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig, run: Path, launcher: str | None = None, resume: bool = False, hosts: Hosts | None = None
+) -> dict[str, Any]:
     """Create `run` (or go on with it), train under `launcher`, and return what `summary.json` holds.
 
-    launcher: `process`, `torchrun` or `deepspeed`; default: `process` for one rank, else `deepspeed`.
+    launcher: of LAUNCHERS; default: what `hosts` asks for, else `process` for one rank and `deepspeed` for more.
+    hosts: where the ranks run; default: here. Where the same command is given on several hosts, or to Slurm's tasks,
+    the first makes the run directory and has the summary; the others return {}.
     Raises GenattError; a run that could not be started leaves nothing behind.
     """
-    launcher = launcher or ("process" if config.world_size == 1 else "deepspeed")
+    hosts = hosts or Hosts()
+    launcher = launcher or hosts.launcher or ("process" if config.world_size == 1 else "deepspeed")
     check_launcher(launcher, config.world_size)
+    if config.data.feed == "ray" and launcher != "ray":
+        raise GenattError(
+            f"data.feed=ray with launcher={launcher}: Ray Data gives rows to the workers of Ray Train alone; use "
+            "--launcher ray, or data.feed=loader"
+        )
+    if launcher == "ray":
+        hosts.check(launcher, config.world_size)
+        return _train(config, run, launcher, resume, None)
+    with take(launcher, hosts, config.world_size) as place:
+        if place.first:
+            return _train(config, run, launcher, resume, place)
+        launch(run, launcher, config.training, place, resume)
+        return {}
+
+
+def _train(config: RunConfig, run: Path, launcher: str, resume: bool, place: Place | None) -> dict[str, Any]:
+    """`train` in the process that makes the run directory. place: None where Ray places the ranks."""
     before = None
     if resume:
-        before = _check_same(config, run)
+        before = check_same(config, run)
     elif run.exists():
         raise GenattError(f"run directory {run} exists: choose another --run, or go on with it by --resume")
     else:
         _check_free(config, run)
-    check_data(config)
-    _create(config, run)
+    check_data(config, place.device if place else None)
+    create(config, run)
     try:
-        launch(run, launcher, config.world_size, resume)
+        if place is None:
+            from genatt_dist.launch.ray_train import fit
+
+            return fit(config, run, resume)
+        launch(run, launcher, config.training, place, resume)
         summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
     except BaseException:
-        log = run / "metrics.jsonl"
-        if not resume and not (log.exists() and log.stat().st_size):  # it never trained: nothing to keep
+        if not resume and not _has_trained(run):  # nothing to keep
             shutil.rmtree(run, ignore_errors=True)
         if before is not None:
             _put_back(*before, run)
@@ -73,9 +101,20 @@ def train(config: RunConfig, run: Path, launcher: str | None = None, resume: boo
     return summary
 
 
-def check_data(config: RunConfig) -> None:
+def _has_trained(run: Path) -> bool:
+    """Whether a run that ended has told of an update, or saved one before it came to tell."""
+    with suppress(OSError, ValueError):
+        if json.loads((run / STOPPED).read_text())["checkpoint"] is not None:
+            return True
+    log = run / "metrics.jsonl"
+    return log.exists() and log.stat().st_size > 0
+
+
+def check_data(config: RunConfig, device: str | None = None) -> None:
     """Whether the shards are whole (sha256), every rank gets a sequence of every batch, a user to validate on
     and, of a sharded table, a row; and whether the ranks' device has the kernels that the table asks for.
+
+    device: `cpu` or `cuda`; default: that of ranks on this host.
     """
     import torch
 
@@ -96,7 +135,7 @@ def check_data(config: RunConfig) -> None:
         )
     categories_of(sequences, config.evaluation.category_column, torch.device("cpu"))
     if config.table.kind == "sharded":
-        check_device(config.table, device_type(config.world_size))
+        check_device(config.table, device or device_type(config.world_size))
         if config.table.sharding != "table_wise":
             managed = config.table.managed_collision
             check_shards((managed.rows if managed else sequences.num_items) + 1, config.world_size)
@@ -109,7 +148,8 @@ def read_config(run: Path) -> RunConfig:
     return configuration.load(run / CONFIG)
 
 
-def _create(config: RunConfig, run: Path) -> None:
+def create(config: RunConfig, run: Path) -> None:
+    """Make a run directory, or write its configuration anew. Raises GenattError."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         temporary = run / f".{CONFIG}"
@@ -139,10 +179,10 @@ def _put_back(before: RunConfig, newest: int, run: Path) -> None:
 
     with suppress(GenattError):  # what failed is the news
         if Store.of(run, before.training.checkpoint).complete()[-1:] == [newest]:
-            _create(before, run)
+            create(before, run)
 
 
-def _check_same(config: RunConfig, run: Path) -> tuple[RunConfig, int]:
+def check_same(config: RunConfig, run: Path) -> tuple[RunConfig, int]:
     """Whether the run's newest checkpoint is whole and can go on under `config`: what may differ is in `_RESUMABLE`.
     Returns the configuration until now, and the update of that checkpoint.
 

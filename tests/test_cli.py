@@ -37,7 +37,10 @@ SURFACE = {
         "--num-cpus", "--rows-per-block", "--object-store-bytes", "--config", "--dry-run", "--quiet", "--json",
     ],
     "inspect": ["path", "--top", "--verify", "--json"],
-    "train": ["config", "--run", "overrides", "--launcher", "--resume"],
+    "train": [
+        "config", "--run", "overrides", "--launcher", "--resume", "--hostfile", "--ssh", "--ssh-port", "--nnodes",
+        "--rendezvous", "--node-rank", "--master-port", "--start-seconds",
+    ],
     "evaluate": ["run", "inference", "--split", "--category", "--json"],
     "recommend": ["run", "--users", "--out", "--k", "--category", "--category-column", "inference"],
     "checkpoints": ["run", "--verify", "--export", "--step", "--json"],
@@ -401,7 +404,7 @@ class TestTrainRefusesBeforeAnyProcessStarts:
         def start(*_: object, **__: object) -> None:
             raise AssertionError("a process was started")
 
-        monkeypatch.setattr("genatt_dist.launch.launchers.subprocess.Popen", start)
+        monkeypatch.setattr("genatt_dist.launch.group.subprocess.Popen", start)
 
     @pytest.fixture
     def train(self, refusal: Callable[..., str], config: Path, tmp_path: Path) -> Callable[..., str]:

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from genatt_dist.cli.app import app, examples, stderr, study
 
+_HOSTS = "Several hosts"
+
 
 @app.command(
     epilog=examples(
@@ -25,17 +27,56 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. training.epochs=3.")
     ] = None,
-    launcher: Annotated[str | None, typer.Option(help="process, torchrun or deepspeed; default by world_size.")] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="process, torchrun, deepspeed, slurm or ray; default by --hostfile, --rendezvous, world_size."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --run.")
     ] = False,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="deepspeed: the hosts, as lines `name slots=N`.", rich_help_panel=_HOSTS)
+    ] = None,
+    ssh: Annotated[
+        str, typer.Option(help="What reaches them: ssh, pdsh, openmpi, mpich or impi.", rich_help_panel=_HOSTS)
+    ] = "ssh",
+    ssh_port: Annotated[int | None, typer.Option(help="Port of their sshd.", rich_help_panel=_HOSTS)] = None,
+    nnodes: Annotated[
+        int, typer.Option(help="torchrun: hosts on which this command is given.", min=1, rich_help_panel=_HOSTS)
+    ] = 1,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="torchrun: where they meet, on the first.", rich_help_panel=_HOSTS),
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="torchrun: place of this host; default: 0 where HOST is, else by arrival.", rich_help_panel=_HOSTS
+        ),
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option(help="Port of the first rank; default: a free one.", rich_help_panel=_HOSTS)
+    ] = None,
+    start_seconds: Annotated[
+        float, typer.Option(help="How long hosts or tasks wait for one another.", min=1, rich_help_panel=_HOSTS)
+    ] = 300,
 ) -> None:
     """Train one model into a run directory."""
     from genatt_dist import config as configuration
     from genatt_dist import runs
+    from genatt_dist.launch.hosts import Hosts
 
-    summary = runs.train(configuration.load(config, overrides or []), run, launcher, resume)
+    hosts = Hosts(hostfile, ssh, ssh_port, nnodes, node_rank, rendezvous, master_port, start_seconds)
+    summary = runs.train(configuration.load(config, overrides or []), run, launcher, resume, hosts)
+    if not summary:  # the first host, or task, tells it
+        return
     valid, training = summary["valid"], summary["train"]
+    if performance := summary.get("performance"):
+        from genatt_dist.training.performance_table import performance_table
+
+        Console().print(performance_table(performance))
     Console().print(
         f"{run}: valid ndcg@10 {valid['ndcg@10']:.4f} after {training['epochs']} epochs, {training['seconds']:.0f} s, "
         f"{training['sequences_per_second']:,.0f} sequences/s. Next: genatt evaluate {run} --split test",

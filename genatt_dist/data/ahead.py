@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import TypeVar, cast
@@ -15,20 +14,6 @@ T = TypeVar("T")
 
 LIMIT_SECONDS = 900.0  # beyond all retries and time limits of a read: something hangs that has none
 _LOOK_SECONDS = 0.2  # how soon a thread that waits for room sees that nobody reads any more
-
-
-class Waiting(Iterator[T]):
-    """The same items, and how long its reader has waited for them so far."""
-
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items, self.seconds = items, 0.0
-
-    def __next__(self) -> T:
-        started = time.perf_counter()
-        try:
-            return next(self._items)
-        finally:
-            self.seconds += time.perf_counter() - started
 
 
 def ahead(items: Iterator[T], depth: int, what: str) -> Generator[T, None, None]:

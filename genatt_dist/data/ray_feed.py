@@ -139,6 +139,25 @@ class RayBatches:
         return np.random.Generator(np.random.Philox(key=key))
 
 
+@dataclass(frozen=True)
+class RayFeed:
+    """`RayBatches` of one worker's shard, as the trainer takes them."""
+
+    batches: RayBatches
+    shard: DataIterator
+
+    def iterate(
+        self, epoch: int, first_batch: int, rank: int, world_size: int, device: torch.device
+    ) -> Generator[Batch, None, None]:
+        """See `RayBatches.iterate`. Raises GenattError for a `first_batch` inside an epoch: Ray's order is its own."""
+        if first_batch:
+            raise GenattError(
+                f"the checkpoint was written after batch {first_batch} of epoch {epoch}, and data.feed=ray goes on at "
+                "epochs' ends only: resume with data.feed=loader, as the run began"
+            )
+        return self.batches.iterate(self.shard, epoch, rank, world_size, device)
+
+
 class _Held:
     """Rows that have come and are not trained yet."""
 

@@ -72,6 +72,7 @@ def render(report: Mapping[str, Any], models: Sequence[Model]) -> str:
         _maps_section(models, maps),
         _plots_section("Cost of diffusion steps", steps, len(figures)),
         _training_section(models),
+        _performance_section(models),
         _environment_section(models),
     ]
     figures += steps
@@ -196,6 +197,30 @@ def _training_section(models: Sequence[Model]) -> str:
     keys = list(dict.fromkeys(key for model in trained for key in model.train))
     rows = [[(pretty(m.label), False), *((number(m.train.get(key)), False) for key in keys)] for m in trained]
     return f"<section><h2>Training</h2>{html_table(['model', *map(pretty, keys)], rows)}</section>"
+
+
+def _performance_section(models: Sequence[Model]) -> str:
+    """Where a training step's time went, from the record that ends each run's log."""
+    measured = [(model, model.log["performance"][-1]) for model in models if model.log.get("performance")]
+    parts = list(dict.fromkeys(key for _, record in measured for key in record if key.startswith("step_seconds/")))
+    if not parts:
+        return ""
+    header = ["model", *(f"{pretty(part.partition('/')[2])}, ms" for part in parts)]
+    header += ["sequences/s", "tokens/s", "most memory of a rank, GiB", "of the matmul peak"]
+    rows = []
+    for model, record in measured:
+        values = [1e3 * record[part] if finite(record.get(part)) else None for part in parts]
+        values += [record.get("sequences_per_second"), record.get("tokens_per_second")]
+        values.append(max(record.get("peak_memory_gib/host", []), default=None))
+        share = record.get("fraction_of_matmul_peak")
+        cells = [*map(number, values), f"{share:.1%}" if finite(share) else "–"]
+        rows.append([(text, False) for text in (pretty(model.label), *cells)])
+    note = (
+        "One training step, the mean over steps and ranks. Input is waiting for a batch, lookup the exchange of ids "
+        "and rows of a sharded table; their gradients go back in backward. The matmul peak is what rank 0's device "
+        "reached in one large product."
+    )
+    return f'<section><h2>Performance</h2>{html_table(header, rows)}<p class="muted">{escape(note)}</p></section>'
 
 
 def _environment_section(models: Sequence[Model]) -> str:

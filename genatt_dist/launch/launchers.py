@@ -1,98 +1,150 @@
-"""The same worker under three launchers: a single process, torchrun, or the deepspeed launcher.
+"""The same worker under every launcher: a single process, torchrun, the deepspeed launcher, a task of Slurm.
 
-`launch` starts it with the allocator and thread settings it needs, passes signals on, and ends the whole process group
-it made. Where it is killed outright, the kernel ends what it had started, and workers watch it (`launch/orphan.py`).
+`launch` starts it with the allocator and thread settings it needs, passes signals on, and ends all it made. Where it is
+killed outright, the kernel ends what it had started, and workers watch it (`launch/orphan.py`).
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.errors import GenattError
-from genatt_dist.launch.limits import available_cores
+from data_pipeline.errors import GenattError, ResumableError
+from genatt_dist.launch import rank
+from genatt_dist.launch.environment import between_hosts, travelling, with_python, worker_environment
+from genatt_dist.launch.group import NOW, STOP, Group
+from genatt_dist.launch.network import free_port
 from genatt_dist.launch.orphan import LAUNCHER_PID
+from genatt_dist.launch.places import Place
+from genatt_dist.training.heartbeat import HEARTBEAT
+from genatt_dist.training.options import TrainingConfig
+from genatt_dist.training.stopped import STOPPED
 
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ONE_PRESS_SECONDS = 1.0
 
 
-def device_type(world_size: int) -> str:
-    """Where ranks started from here run: `cuda` where each has a GPU of its own, else `cpu`; DS_ACCELERATOR decides
-    where it is set.
+def launch(run: Path, launcher: str, training: TrainingConfig, place: Place, resume: bool = False) -> None:
+    """Run the ranks of `place` to their end. SIGTERM and Ctrl-C ask them to stop; a second Ctrl-C ends them at once.
+
+    Raises ResumableError when they stopped in order, GenattError when they fail or cannot be started.
     """
-    import torch
-
-    return os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() >= world_size else "cpu")
-
-
-def launch(run: Path, launcher: str, world_size: int, resume: bool = False) -> None:
-    """Run the workers of `run` to their end. Raises GenattError when they fail or cannot be started."""
-    import torch  # here, not above: `genatt --help` answers without it
-
+    if place.first:
+        for word in (STOPPED, HEARTBEAT):  # of an earlier start
+            (run / word).unlink(missing_ok=True)
+    place.begin(run)
     # The directory has no option of its own: torchrun would take `--run` for an abbreviation of its `--run-path`.
-    arguments = [str(run), "--launcher", launcher, *(["--resume"] if resume else [])]
-    environment = worker_environment(os.environ, world_size) | {LAUNCHER_PID: str(os.getpid())}
-    if "DS_ACCELERATOR" not in environment:
-        environment["DS_ACCELERATOR"] = device_type(world_size)
-        if 0 < (gpus := torch.cuda.device_count()) < world_size:
-            print(f"note: {world_size} ranks on the CPU: {gpus} GPU(s) are here, and a rank needs one", file=sys.stderr)
-    process = subprocess.Popen(
-        _COMMANDS[launcher](world_size, arguments, environment),
-        env=environment,
-        start_new_session=True,
-        preexec_fn=_ends_with_parent(),
-    )
-    try:
-        with _sigterm_raises():
-            code = process.wait()
-    except BaseException:
-        _end(process)
-        raise
+    arguments = [str(run.absolute()), "--launcher", launcher, *(["--resume"] if resume else [])]
+    environment = _environment(place)
+    grace = training.stop_seconds + _GRACE_SECONDS
+    with tempfile.TemporaryDirectory(prefix="genatt-") as scratch, _signals() as received:
+        command = _COMMANDS[launcher](Start(place, arguments, environment, training, Path(scratch)))
+        group = Group(command, environment)
+        try:
+            begun = _Beginning(run, place)
+            code = group.wait(lambda: _level(received) or begun.late(), grace * (2 if place.machines else 1))
+        finally:
+            group.kill()
+    _tell_stopped(run)
+    if code and begun.late():
+        raise GenattError(
+            f"no rank of {run} began within {place.hosts.start_seconds:.0f} s under --ssh={place.hosts.shell}; its "
+            "messages are above: mend that, or allow more by --start-seconds"
+        )
+    if received:
+        _raise_again(received[0][0])
     if code:
         raise GenattError(
             f"training in {run} ended with exit code {code} under launcher={launcher}; its messages are above"
         )
 
 
-def _ends_with_parent() -> Callable[[], None] | None:
-    """For a child to call before it becomes its program: it gets SIGTERM when this process is gone, however it went.
+class _Beginning:
+    """Whether ranks on other hosts have begun in time: what starts them there may wait for ever (MPICH's does)."""
 
-    SIGTERM and not SIGKILL, so that torchrun and deepspeed end their ranks too. None where the kernel is not Linux.
-    """
-    if sys.platform != "linux":
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()  # loaded here: a forked child should do as little as possible
+    def __init__(self, run: Path, place: Place) -> None:
+        self._path, self._limited = run / HEARTBEAT, bool(place.machines)
+        self._deadline = time.monotonic() + place.hosts.start_seconds
 
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # gone before the kernel was asked
-            os._exit(1)
+    def late(self) -> int:
+        """STOP if they are late."""
+        late = self._limited and time.monotonic() > self._deadline and not self._path.exists()
+        return STOP if late else 0
 
-    return ask
+
+def _environment(place: Place) -> dict[str, str]:
+    """Of what is started here. Ranks on other hosts have no process here to watch, and count their own cores."""
+    base = {key: value for key, value in os.environ.items() if key != LAUNCHER_PID}
+    own = {"DS_ACCELERATOR": place.device}
+    if place.machines:
+        return base | own
+    if "DS_ACCELERATOR" not in base and place.device == "cpu":
+        import torch  # here, not above: `genatt --help` answers without it
+
+        if gpus := torch.cuda.device_count():
+            print(
+                f"note: {place.local_ranks} ranks on the CPU: {gpus} GPU(s) are here, and a rank needs one",
+                file=sys.stderr,
+            )
+    own |= {LAUNCHER_PID: str(os.getpid()), "LOCAL_WORLD_SIZE": str(place.local_ranks)}
+    environment = worker_environment(base, place.local_ranks) | own
+    return environment if place.alone else between_hosts(environment, place.master)
+
+
+def _tell_stopped(run: Path) -> None:
+    """Whether the ranks said that they stopped in order: their launchers' own exit codes do not tell."""
+    try:
+        stopped: dict[str, Any] = json.loads((run / STOPPED).read_text())
+    except (OSError, ValueError):
+        return
+    checkpoint = stopped.get("checkpoint")
+    how = f"go on from the checkpoint of step {checkpoint} by the same command with --resume"
+    if checkpoint is None:
+        how = f"there is no checkpoint yet: begin afresh, with {run} removed if it is still there"
+    where = f"at step {stopped.get('step')}, epoch {stopped.get('epoch')}"
+    raise ResumableError(f"{run} stopped {where}: {stopped.get('reason')}; {how}")
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """A plain `kill` of this process would leave the workers behind; as an exception it ends them too."""
+def _signals() -> Iterator[list[tuple[int, float]]]:
+    """SIGTERM and SIGINT and when they came, instead of what they would do: workers are to stop first."""
+    received: list[tuple[int, float]] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield
+        yield received
         return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    watched = (signal.SIGTERM, signal.SIGINT)
+    previous = [
+        signal.signal(number, lambda number, _: received.append((number, time.monotonic()))) for number in watched
+    ]
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(watched, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _level(received: list[tuple[int, float]]) -> int:
+    """What `Group.wait` is to do. Only a second Ctrl-C ends at once: schedulers repeat SIGTERM."""
+    presses = [when for number, when in received if number == signal.SIGINT]
+    return NOW if presses and presses[-1] - presses[0] > _ONE_PRESS_SECONDS else STOP if received else 0
+
+
+def _raise_again(number: int) -> None:
+    """What the signal would have done without `_signals`; as an exception where it would end this process."""
+    if signal.getsignal(number) == signal.SIG_DFL:
+        sys.exit(128 + number)
+    signal.raise_signal(number)
 
 
 def check_launcher(launcher: str, world_size: int) -> None:
@@ -103,97 +155,129 @@ def check_launcher(launcher: str, world_size: int) -> None:
         raise GenattError(f"launcher=process runs one rank, but world_size={world_size}: use torchrun or deepspeed")
 
 
-def worker_environment(base: os._Environ[str] | dict[str, str], world_size: int) -> dict[str, str]:
-    """The environment of the workers: cores shared out, and an allocator that keeps large buffers.
-
-    glibc gives large blocks back to the kernel after every step and takes them again in the next; here it keeps them
-    (docs/architecture.md). What the user has set stays.
-    """
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, int(available_cores()) // world_size)),
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-        "MALLOC_TOP_PAD_": str(256 << 20),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    return {**defaults, **base}
-
-
 def single_process() -> dict[str, str]:
     """What a launcher would say to the one rank of a world of one."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address
 
 
-def _process(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
-    if world_size != 1:
+class Start:
+    """What a launcher's command line is made of. It may add to `environment`, and write files into `scratch`."""
+
+    def __init__(
+        self, place: Place, arguments: list[str], environment: dict[str, str], training: TrainingConfig, scratch: Path
+    ) -> None:
+        self.place, self.arguments, self.environment = place, arguments, environment
+        self.training, self.scratch = training, scratch
+
+
+def _process(start: Start) -> list[str]:
+    start.environment.update(single_process())
+    return [sys.executable, "-m", _WORKER, *start.arguments]
+
+
+def _slurm(start: Start) -> list[str]:
+    start.environment.update(start.place.task | {"MASTER_PORT": str(start.place.port)})
+    return [sys.executable, "-m", _WORKER, *start.arguments]
+
+
+def _torchrun(start: Start) -> list[str]:
+    place, hosts = start.place, start.place.hosts
+    program = [sys.executable, "-m", "genatt_dist.launch.torchrun", "--nproc-per-node", str(place.local_ranks)]
+    # The static rendezvous: who is first is known, and ranks follow the hosts' places.
+    nodes = ["--nnodes", str(hosts.nodes), "--node-rank", str(place.node_rank)]
+    address = ["--master-addr", place.master, "--master-port", str(place.port)]
+    limits = ["--rdzv-conf", f"timeout={hosts.start_seconds:.0f}"]
+    limits += ["--shutdown-timeout", f"{start.training.stop_seconds + _GRACE_SECONDS / 2:.0f}"]
+    return [*program, *nodes, *address, *limits, "-m", _WORKER, *start.arguments]
+
+
+def _deepspeed(start: Start) -> list[str]:
+    if start.place.machines:
+        return _over_ssh(start) if start.place.hosts.shell == "ssh" else _over_shell(start)
+    place, environment = start.place, start.environment
+    environment["PATH"] = with_python(environment.get("PATH", ""))
+    address = ["--master_addr", place.master, "--master_port", str(place.port)]
+    # Given a number, the launcher overrides CUDA_VISIBLE_DEVICES; given places, it keeps to them.
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "") if place.device == "cuda" else ""
+    gpus = visible.split(",")[: place.local_ranks] if visible else []
+    if not all(gpu.isdigit() for gpu in gpus) or 0 < len(gpus) < place.local_ranks:
         raise GenattError(
-            f"launcher=process runs one rank, but world_size={world_size}: use --launcher torchrun or deepspeed"
+            f"CUDA_VISIBLE_DEVICES={visible} does not number {place.local_ranks} GPUs, which the deepspeed launcher "
+            "needs: use --launcher torchrun"
         )
-    environment.update(single_process())
-    return [sys.executable, "-m", _WORKER, *arguments]
-
-
-def _torchrun(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
-    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    places = ["--include", "localhost:" + ",".join(gpus)] if gpus else []
+    ranks = places or ["--num_accelerators", str(place.local_ranks)]
+    # A path that is no file: /job/hostfile, the launcher's default, is not this run's business.
+    nowhere = ["--hostfile", str(start.scratch / "no-hostfile")]
     return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(world_size),
-        *rendezvous,
-        "-m",
+        deepspeed_program(),
+        *nowhere,
+        *ranks,
+        *address,
+        "--log_level",
+        "error",
+        "--module",
         _WORKER,
-        *arguments,
+        *start.arguments,
     ]
 
 
-def _deepspeed(world_size: int, arguments: list[str], environment: dict[str, str]) -> list[str]:
+def _over_ssh(start: Start) -> list[str]:
+    place = start.place
+    order = {
+        "hosts": {machine.name: machine.slots for machine in place.machines},
+        "ssh_port": place.hosts.ssh_port,
+        "master": place.master,
+        "port": place.port,
+        "token": place.token,
+        "worker": _WORKER,
+        "arguments": start.arguments,
+        "stop_seconds": start.training.stop_seconds + _GRACE_SECONDS,
+        "silence_seconds": start.training.silence_seconds,
+    }
+    return [sys.executable, "-m", "genatt_dist.launch.ssh", json.dumps(order)]
+
+
+def _over_shell(start: Start) -> list[str]:
+    """The deepspeed launcher reaches the hosts by itself: what it passes on, it puts on command lines."""
+    place, hosts, environment = start.place, start.place.hosts, start.environment
+    seen, secret = travelling(environment)
+    if secret:
+        print(
+            f"note: {', '.join(sorted(secret))} stay here: --ssh={hosts.shell} would show them on command lines; keep "
+            "them on the hosts (~/.aws/credentials, say), or use --ssh=ssh",
+            file=sys.stderr,
+        )
+    seen |= {"DS_ACCELERATOR": place.device, "MASTER_ADDR": place.master, "MASTER_PORT": str(place.port)}
+    seen |= {rank.TOKEN: place.token}
+    variables = start.scratch / "environment"
+    variables.write_text("".join(f"{key}={value}\n" for key, value in seen.items()))
+    environment |= {"DS_ENV_FILE": str(variables), "PATH": with_python(environment.get("PATH", ""))}
+    port = ["--ssh_port", str(hosts.ssh_port)] if hosts.ssh_port else []
+    return [
+        deepspeed_program(),
+        *("--hostfile", str(hosts.hostfile), "--launcher", hosts.shell, "--force_multi", "--no_ssh_check"),
+        *(*port, "--master_addr", place.master, "--master_port", str(place.port), "--log_level", "error"),
+        *(rank.__file__, *start.arguments),  # a path: of some of its launchers `--module` makes a wrong command
+    ]
+
+
+def deepspeed_program() -> str:
+    """The `deepspeed` command beside this Python."""
     program = Path(sys.executable).with_name("deepspeed")
     found = str(program) if program.exists() else shutil.which("deepspeed")
     if not found:
         raise GenattError(
             "the deepspeed launcher is not installed beside this Python: run `make setup`, or use --launcher torchrun"
         )
-    environment["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # it starts `python`
-    )
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    # Given a number, the launcher overrides CUDA_VISIBLE_DEVICES; given places, it keeps to them.
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "") if environment.get("DS_ACCELERATOR") == "cuda" else ""
-    gpus = visible.split(",")[:world_size] if visible else []
-    if not all(gpu.isdigit() for gpu in gpus) or 0 < len(gpus) < world_size:
-        raise GenattError(
-            f"CUDA_VISIBLE_DEVICES={visible} does not number {world_size} GPUs, which the deepspeed launcher needs: "
-            "use --launcher torchrun"
-        )
-    places = ["--include", "localhost:" + ",".join(gpus)] if gpus else []
-    ranks = places or ["--num_accelerators", str(world_size)]
-    return [found, *ranks, *address, "--log_level", "error", "--module", _WORKER, *arguments]
+    return found
 
 
-_COMMANDS: dict[str, Callable[[int, list[str], dict[str, str]], list[str]]] = {
+_COMMANDS: dict[str, Callable[[Start], list[str]]] = {
     "process": _process,
     "torchrun": _torchrun,
     "deepspeed": _deepspeed,
+    "slurm": _slurm,
 }
-LAUNCHERS = tuple(_COMMANDS)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and all it started: politely, then for certain."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(_GRACE_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+LAUNCHERS = (*_COMMANDS, "ray")

@@ -14,11 +14,15 @@ from contextlib import suppress
 
 import psutil
 
+from genatt_dist.training import preemption
+
 LAUNCHER_PID = "GENATT_LAUNCHER_PID"  # set for workers on the same machine
 
 
 def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Watch the process that `environment` names, if any: once it is gone, this one gets SIGTERM."""
+    """Watch the process that `environment` names, if any: once it is gone, this one gets SIGTERM (a worker then stops
+    as for any other: with a checkpoint).
+    """
     if LAUNCHER_PID not in environment:
         return
     pid = int(environment[LAUNCHER_PID])
@@ -26,6 +30,7 @@ def end_with_launcher(environment: Mapping[str, str] = os.environ) -> None:
     def watch() -> None:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait()
+        preemption.request("the end of what launched it")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

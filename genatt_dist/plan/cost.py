@@ -10,12 +10,26 @@ Legend: P dense parameters, W ranks, L ranks of a node, N ids of a lookup, G tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from genatt_dist.config import RunConfig
 from genatt_dist.plan.dense import Dense, targets
 from genatt_dist.plan.hardware import Hardware
 from genatt_dist.plan.trace import Trace
 from genatt_dist.plan.workload import Share
+
+
+class Collectives(Protocol):
+    """Seconds of a collective over `world_size` ranks, by its bytes as `Link` counts them."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce(self, size: float) -> float: ...
+
+    def all_gather(self, size: float) -> float: ...
+
+    def all_to_all(self, size: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -89,21 +103,31 @@ def cost(
             max(work.flops / peak, work.bytes / bandwidth if name != "matmul" or not work.flops else 0.0)
             + work.calls * launch
         )
-    stage, width = config.training.zero_stage, 2 if half else 4
+    stage = config.training.zero_stage
     seconds["dense update"] = (
         4 * 7 * sizes.total / (world_size if stage else 1) / bandwidth + sizes.tensors * 4 * machine.launch
     )
-    seconds["gradients over ranks"] = link.all_reduce(width * sizes.total)
+    if config.table.kind == "sharded":
+        seconds["table lookup and update"] = micro * (8 * ids * d * 4 / bandwidth + 60 * machine.launch)
+    chunks = max(1, trace.work["matmul"].calls // 3)
+    return Cost(seconds | exchanges(config, link, sizes, share, ids, chunks), share.tokens * world_size * micro)
+
+
+def exchanges(
+    config: RunConfig, link: Collectives, sizes: Dense, share: Share, ids: int, chunks: int
+) -> dict[str, float]:
+    """Seconds of one update in which ranks tell each other something, by what. chunks: of a full softmax."""
+    half, d, micro = config.training.precision == "bf16", config.model.hidden_size, config.training.accumulation_steps
+    stage, width = config.training.zero_stage, 2 if half else 4
+    seconds = {"gradients over ranks": link.all_reduce(width * sizes.total)}
     if stage:
         seconds["parameters over ranks"] = link.all_gather(width * sizes.total) * (2 * micro if stage == 3 else 1)
     if config.table.kind == "sharded":
         rows = ids * d * 4
         seconds["ids over ranks"] = micro * link.all_to_all(8 * ids)
         seconds["rows over ranks"] = micro * 2 * link.all_to_all(rows)
-        seconds["table lookup and update"] = micro * (8 * rows / bandwidth + 60 * machine.launch)
         if config.loss.kind == "full":
-            states = world_size * targets(config, share) * d * width
-            chunks = max(1, trace.work["matmul"].calls // 3)
+            states = link.world_size * targets(config, share) * d * width
             seconds["states over ranks"] = micro * (link.all_gather(states) + link.all_gather(4 * states / width))
-            seconds["sums over ranks"] = micro * chunks * link.all_gather(8 * world_size * 32)
-    return Cost(seconds, share.tokens * world_size * micro)
+            seconds["sums over ranks"] = micro * chunks * link.all_gather(8 * link.world_size * 32)
+    return seconds

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data_pipeline.errors import GenattError
 from genatt_dist.config import TrainingConfig
 
-TIMEOUT = datetime.timedelta(minutes=10)
+_TIMEOUT_SECONDS = 600.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOST_REDUCED = 500_000_000  # DeepSpeed's default
 
@@ -33,8 +34,12 @@ def select_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(device: torch.device) -> None:
-    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the launcher)."""
+def init_process_group(device: torch.device, seconds: float = _TIMEOUT_SECONDS) -> None:
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the launcher).
+
+    seconds: after which a collective fails by itself, if nothing else (training/watchdog.py) has ended it before.
+    Raises GenattError when they do not come.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     from deepspeed.utils import logger
@@ -45,9 +50,18 @@ def init_process_group(device: torch.device) -> None:
     logger.setLevel(logging.ERROR)
     # The shared-memory all-reduce would be compiled on first use: a compiler and a wait that nothing here needs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=seconds)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        rank, world_size, host, port = (
+            os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        )
+        raise GenattError(
+            f"rank {rank} does not find the other {world_size} ranks at {host}:{port} "
+            f"({' '.join(str(error).split())[:200]}): see whether all of them were started, and reach that address"
+        ) from None
 
 
 class Engine:

@@ -67,6 +67,9 @@ class TrainingConfig(Section):
         30.0, ge=5, description="A rank that gives no sign of life for this long is lost, and named."
     )
     collective_seconds: float = Field(
-        600.0, ge=10, description="A step, or one operation over all ranks, that takes longer hangs, and is named."
+        600.0,
+        ge=10,
+        description="A step, or one operation over all ranks, that takes longer hangs, and is named. Set-up and a batch "
+        "of validation have three times that, a checkpoint half an hour more.",
     )
     seed: int = Field(0, ge=0)

@@ -36,6 +36,7 @@ from genatt_dist.loss.objective import Candidates, Candidature, candidate_nll, t
 from genatt_dist.model.backbone import Backbone
 from genatt_dist.model.context import Context
 from genatt_dist.model.jagged import Jagged
+from genatt_dist.training.timing import SectionTimer
 
 if TYPE_CHECKING:
     from genatt_dist.embedding.sharded import ShardedTable
@@ -153,10 +154,14 @@ class JointStep:
         table: ShardedTable | None,
         world_size: int,
         total: Callable[[Tensor], Tensor],
+        timer: SectionTimer | None = None,
     ) -> None:
-        """table: the sharded one, or None where the dense model holds the rows. total: sums a tensor over ranks."""
+        """table: the sharded one, or None where the dense model holds the rows. total: sums a tensor over ranks.
+        timer: is told which section of the step the time goes to.
+        """
         self._config, self._engine = config, engine
         self._candidature, self._table, self._world_size, self._total = candidature, table, world_size, total
+        self._timer = timer or SectionTimer(torch.device("cpu"))
         self._summed = SummedUpdate(table, config.table) if table and config.loss.kind == "full" else None
 
     def __call__(self, batches: list[Batch], step: int, gamma: float) -> Losses:
@@ -169,23 +174,28 @@ class JointStep:
             losses = self._one(batch, step * len(batches) + index, gamma, scale)
             shares.append(torch.stack((losses.recommendation.detach(), losses.generative.detach())))
         if self._summed:
-            self._summed.update()
+            with self._timer["optimizer"]:
+                self._summed.update()
         return Losses(*torch.stack(shares).sum(0))
 
     def _one(self, batch: Batch, draw: int, gamma: float, scale: Scale) -> Losses:
-        seed = self._config.training.seed
-        noise = training_noise(batch, seed, draw, self._config)
-        candidates = self._candidature.draw(batch, noise, seed, draw)
-        lookup = self._summed or self._table
+        seed, timer = self._config.training.seed, self._timer
+        with timer["forward"]:
+            noise = training_noise(batch, seed, draw, self._config)
+            candidates = self._candidature.draw(batch, noise, seed, draw)
         rows, others = None, None
         if self._table:
-            self._table.observe(batch.items_M)
-        if lookup:
-            rows, others = looked_up(lookup, candidates.ids, sharded_ids(self._config.features, batch.features))
+            with timer["lookup"]:
+                self._table.observe(batch.items_M)
+                lookup = self._summed or self._table
+                rows, others = looked_up(lookup, candidates.ids, sharded_ids(self._config.features, batch.features))
         catalogue = self._summed.catalogue if self._summed else None
-        losses = self._engine(batch, candidates, noise, rows, scale, self._total, catalogue, others)
-        self._engine.backward((losses.recommendation + gamma * losses.generative) * self._world_size)
-        self._engine.step()
+        with timer["forward"]:
+            losses = self._engine(batch, candidates, noise, rows, scale, self._total, catalogue, others)
+        with timer["backward"]:
+            self._engine.backward((losses.recommendation + gamma * losses.generative) * self._world_size)
+        with timer["optimizer"]:
+            self._engine.step()
         return losses
 
 

@@ -1,25 +1,26 @@
 """One training run on one rank, from its run directory to its best checkpoint. Every launcher calls `train`.
 
 The loop: global batches → joint step → (each epoch) full-ranking validation → checkpoint → stop early or go on.
+
+A request to stop (training/preemption.py) is agreed upon after an update or a batch of the validation. Then the run
+writes a checkpoint and raises StoppedError on all ranks. Resumed, it is the run that never stopped, its log included:
+losses of updates between two records are in the checkpoint, and a validation that was begun is done again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 import torch.distributed as dist
 
-from data_pipeline.errors import GenattError
 from genatt_dist.config import RunConfig
-from genatt_dist.data.ahead import Waiting
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.collisions import collisions
@@ -28,15 +29,23 @@ from genatt_dist.embedding.table import ItemTable
 from genatt_dist.evaluation.diagnose import diagnose
 from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
 from genatt_dist.loss.objective import Candidature
+from genatt_dist.training import preemption
 from genatt_dist.training.checkpoint.progress import Progress
 from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.engine import Engine, init_process_group, select_device, sum_over_ranks
+from genatt_dist.training.mark import Mark
+from genatt_dist.training.nonfinite import NotFiniteError, Trail
+from genatt_dist.training.performance import Performance
 from genatt_dist.training.resuming import resume as resumed
-from genatt_dist.training.saving import Saver
+from genatt_dist.training.saving import WRITE_SECONDS, Saver
 from genatt_dist.training.schedule import gamma_factor, rate_factor
+from genatt_dist.training.signs import CHECKPOINT, END, VALIDATION, Limits
 from genatt_dist.training.step import DenseModel, JointStep, Losses
+from genatt_dist.training.stopped import STOPPED, StoppedError, advice, write_stopped
+from genatt_dist.training.stopping import Agreement, control_group, newest_checkpoint
 from genatt_dist.training.telemetry import Telemetry, write_environment
 from genatt_dist.training.warnings import FailureSigns
+from genatt_dist.training.watchdog import Watchdog, watched
 
 SELECTION = "ndcg@10"
 _LOG_STEPS = 10
@@ -44,10 +53,11 @@ _LOG_STEPS = 10
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run reports: the best validation metrics and how the training went."""
+    """What a finished run reports: the best validation metrics, how the training went, and how fast its steps were."""
 
     valid: dict[str, float]
     train: dict[str, float | int | str]
+    performance: dict[str, Any]
 
 
 class Feed(Protocol):
@@ -68,14 +78,26 @@ def train(
     """Train `config` into the directory `run`; the process group's variables are in the environment.
 
     feed: makes of the plan what feeds the ranks; default: the plan itself, which reads the shards.
-    Raises GenattError with one line for the user; writes `summary.json` when done.
+    Raises GenattError with one line for the user, a ResumableError where the run can go on, on all ranks. Writes
+    `summary.json` when done, `stopped.json` when stopped. A rank that is lost or hangs ends the process (watchdog.py).
     """
-    device = select_device()
-    init_process_group(device)
+    training, device = config.training, select_device()
+    limits = Limits.of(training.silence_seconds, training.collective_seconds, WRITE_SECONDS)
+    init_process_group(device, limits.longest + 2 * limits.silence)
     try:
-        return Trainer(run, config, device, launcher, resume, feed).run()
+        rank, world_size, mark = dist.get_rank(), dist.get_world_size(), Mark()
+        if rank == 0:
+            (run / STOPPED).unlink(missing_ok=True)
+        group, store = control_group(limits.longest + 2 * limits.silence), Store.of(run, training.checkpoint)
+        watchdog = Watchdog(mark, run, store, limits, training.stop_seconds, rank, world_size)
+        with preemption.serving(), watched(watchdog, group):
+            return Trainer(run, config, device, launcher, resume, feed, mark, group).run()
     finally:
         dist.destroy_process_group()
+
+
+class _AbandonedError(Exception):
+    """All ranks agreed to stop in the middle of a validation."""
 
 
 class Trainer:
@@ -89,7 +111,10 @@ class Trainer:
         launcher: str,
         resume: bool,
         feed: Callable[[TrainingBatches], Feed] | None = None,
+        mark: Mark | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
+        """mark: where it tells what it is doing. group: of all ranks, for what is not training; None on one rank."""
         self._run, self._config, self._device, self._launcher = run, config, device, launcher
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._sequences = Sequences.read(
@@ -115,6 +140,10 @@ class Trainer:
                 device,
                 sharded_specs(config, feature_rows),
             )
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self._performance = Performance(device, dtype, self._rank, self._world_size)
+        self._mark, self._group, self._agreement = mark or Mark(), group, Agreement(group)
+        self._mark.section = lambda: self._performance.timer.current
         self._step = JointStep(
             config,
             self._engine,
@@ -124,9 +153,11 @@ class Trainer:
             self._sharded,
             self._world_size,
             sum_over_ranks,
+            self._performance.timer,
         )
-        store = Store.of(run, config.training.checkpoint)
-        self._saver = Saver(store, config, self._engine, self._sharded, device)
+        self._store = store = Store.of(run, config.training.checkpoint)
+        self._saver = Saver(store, config, self._engine, self._sharded, device, group)
+        self._saved_step = -1
         self._progress = Progress(
             self._sequences.manifest_hash, vocabulary_hash=self._sequences.manifest.vocabulary.sha256
         )
@@ -134,7 +165,7 @@ class Trainer:
         self._notes = [str(shared_rows)] if shared_rows else []
         if resume:
             found = resumed(store.newest(), config, self._sequences, self._engine, self._sharded)
-            self._progress = found.progress
+            self._progress, self._saved_step = found.progress, found.progress.step
             self._notes += found.notes
         begun, left = self._progress.begun_step, config.training.epochs - self._progress.begun_epoch
         self._total_steps = begun + left * self.batches.num_batches // config.training.accumulation_steps
@@ -168,11 +199,19 @@ class Trainer:
                 self._progress.seconds = time.perf_counter() - self._started
                 last = self._finished()
                 if last or self._progress.epoch % self._config.training.evaluate_every == 0:
-                    last = self._validate()
+                    try:
+                        last = self._validate()
+                    except _AbandonedError:
+                        self._progress.epoch, self._progress.batch = self._progress.epoch - 1, self.batches.num_batches
+                        self._stop()
                     self._save()
                 elif self._is_due():
                     self._save()
-        return self._summarise()
+            self._mark.at(END)
+            self._agreement.close()
+            performance = self._performance.summary(sum_over_ranks)
+            self._telemetry.finish(self._progress.step, performance)
+        return self._summarise(performance)
 
     def _finished(self) -> bool:
         """Whether epochs, patience or time have run out; rank 0's clock decides for all. Collective."""
@@ -184,29 +223,34 @@ class Trainer:
         return self._progress.stale >= self._config.training.patience or bool(late)
 
     def _train_epoch(self) -> None:
-        training, progress = self._config.training, self._progress
+        training, progress, mark = self._config.training, self._progress, self._mark
         self.set_training()
         part: list[Batch] = []
-        shares: list[Losses] = []
-        rate, since, counted = 0.0, time.perf_counter(), progress.sequences
-        parts = self._feed.iterate(progress.epoch, progress.batch, self._rank, self._world_size, self._device)
-        batches, waited = Waiting(parts), 0.0
+        self._trail, progress.pending = Trail(self._run, progress.pending), []
+        rate, since = rate_factor(training, max(0, progress.step - 1), self._total_steps), time.perf_counter()
+        over = progress.batch == self.batches.num_batches  # a run that was stopped then, and only its end is left
+        where = (progress.epoch, progress.batch, self._rank, self._world_size, self._device)
+        batches = self._performance.timer.waiting(iter(()) if over else self._feed.iterate(*where))
 
         def log() -> None:
-            nonlocal shares, since, counted, waited
-            seconds = time.perf_counter() - since
-            progress.step_seconds += seconds
-            stall = (batches.seconds - waited) / seconds
-            self._log(shares, rate, (progress.sequences - counted) / seconds, stall)
-            shares, since, counted, waited = [], time.perf_counter(), progress.sequences, batches.seconds
+            nonlocal since
+            speed: dict[str, float] = {}
+            if self._trail.num_updates:
+                seconds, speed = self._performance.interval(since)
+                progress.step_seconds += seconds
+            self._log(rate, speed)
+            since = time.perf_counter()
 
+        mark.epoch, mark.step = progress.epoch, progress.step + 1
+        mark.at(None)
         for batch in batches:
             part.append(batch)
             if len(part) < training.accumulation_steps:
                 continue
             rate = rate_factor(training, progress.step, self._total_steps)
-            shares.append(self.update(part, rate))
+            losses = self.update(part, rate)
             progress.step += 1
+            self._trail.add(losses, part, progress.step, progress.epoch, progress.batch)
             progress.batch += len(part)
             progress.sequences += sum(one.num_sequences for one in part)
             progress.metric = None
@@ -216,12 +260,17 @@ class Trainer:
             # Every rank logs at the same steps: the losses are summed over ranks.
             # At an epoch's end `run` saves, after validation if there is one.
             save = self._is_due() and progress.batch < self.batches.num_batches
-            if save or len(shares) == _LOG_STEPS:
+            if save or len(self._trail) == _LOG_STEPS:
                 log()
+            if self._agreement.reached():
+                self._stop()
             if save:
                 self._save()
+                mark.at(None)
                 since = time.perf_counter()
-        if shares:
+            mark.step = progress.step + 1
+        mark.step = progress.step
+        if len(self._trail):
             log()
 
     def set_training(self) -> None:
@@ -238,19 +287,17 @@ class Trainer:
             self._sharded.set_learning_rate(self._config.table_learning_rate * rate)
             self._sharded.set_updates(self._progress.step)
         self._engine.set_learning_rate(self._config.training.learning_rate * rate)
-        return self._step(batches, step, gamma)
+        with self._performance.step(batches):
+            return self._step(batches, step, gamma)
 
-    def _log(self, shares: list[Losses], rate: float, sequences_per_second: float, input_stall: float) -> None:
-        """input_stall: share of the time since the last log that this rank waited for batches."""
-        recommendation, generative = sum_over_ranks(
-            torch.stack([torch.stack(losses) for losses in shares]).mean(0)
-        ).tolist()
+    def _log(self, rate: float, speed: dict[str, float]) -> None:
+        """Record the updates since the last record. speed: what `Performance.interval` measured of them.
+
+        Raises GenattError when a loss is not finite.
+        """
+        recommendation, generative = torch.tensor(self._trail.losses()).mean(0).tolist()
+        self._trail.clear()
         progress = self._progress
-        if not math.isfinite(recommendation + generative):
-            raise GenattError(
-                f"loss is {recommendation} (generative {generative}) at step {progress.step}, epoch {progress.epoch}: "
-                f"lower training.learning_rate, or set training.gradient_clipping"
-            )
         self._telemetry.record(
             "train",
             progress.step,
@@ -259,24 +306,25 @@ class Trainer:
                 "loss": recommendation,
                 "generative_loss": generative,
                 "learning_rate": self._config.training.learning_rate * rate,
-                "sequences_per_second": round(sequences_per_second, 1),
-                "input_stall": round(input_stall, 4),
+                **speed,
             },
         )
         self._telemetry.advance(
             progress.step,
-            f"epoch {progress.epoch + 1} loss {recommendation:.4f} {sequences_per_second:,.0f} sequences/s",
+            f"epoch {progress.epoch + 1} loss {recommendation:.4f} {speed.get('sequences_per_second', 0.0):,.0f} "
+            "sequences/s",
         )
 
     def _validate(self) -> bool:
         """Rank the validation targets, look at the maps, and tell both. Returns whether training ends with this, which
-        patience decides only now.
+        patience decides only now. Raises _AbandonedError when the ranks agree to stop in it.
         """
+        self._mark.at(VALIDATION)
         self._engine.train(False)
         parts = Parts(self._rank, self._world_size, sum_over_ranks)
         with self._engine.gathered():
             of = (self._dense.backbone, self._table, self._sequences, "valid", self._config, self._device, parts)
-            result: Result = evaluate(*of)
+            result: Result = evaluate(*of, self._ranked)
             diagnosis = diagnose(*of)
         progress, metric = self._progress, result.metrics[SELECTION]
         metrics = result.metrics | diagnosis.values
@@ -299,17 +347,50 @@ class Trainer:
             self._telemetry.warn(progress.step, sign)
         return last
 
+    def _ranked(self, users: int) -> None:
+        """After each batch of a validation; all ranks have the same number of them."""
+        self._mark.at(VALIDATION)
+        if self._agreement.reached():
+            raise _AbandonedError
+
+    def _stop(self) -> NoReturn:
+        """Write a checkpoint where the cursor is, say so in the run directory, and raise StoppedError. Collective."""
+        progress, reason = self._progress, self._agreement.reason()
+        preemption.request(reason)  # a rank that was not asked itself has a deadline too, from now on
+        inside = progress.batch < self.batches.num_batches
+        if self._saved_step != progress.step and not (inside and self._config.data.feed == "ray"):
+            progress.pending = self._trail.losses()
+            self._save()
+        self._saver.wait()
+        found: list[int | None] = [None]
+        if self._rank == 0:
+            found = [newest_checkpoint(self._store)]
+            write_stopped(self._run, reason, progress.step, progress.epoch, found[0])
+        if self._group is not None:
+            dist.broadcast_object_list(found, 0, group=self._group)  # by then it is complete, for all ranks
+        raise StoppedError(
+            f"stopped by {reason} after step {progress.step} (epoch {progress.epoch + 1}); {advice(found[0])}"
+        )
+
     def _is_due(self) -> bool:
         """Whether this update is one to save after."""
         every = self._config.training.checkpoint_every
         return every is not None and self._progress.step % every == 0
 
     def _save(self) -> None:
-        """Write a checkpoint, or begin to. Collective."""
+        """Write a checkpoint, or begin to. Collective. Raises GenattError, also where weights are not finite."""
         self._progress.seconds = time.perf_counter() - self._started
-        self._saver.save(self._progress)
+        self._mark.at(CHECKPOINT)
+        if self._saved_step == self._progress.step:  # before a validation that was stopped, and done when resumed
+            self._saver.amend(self._progress)
+            return
+        try:
+            self._saver.save(self._progress)
+        except NotFiniteError as error:
+            raise self._trail.explain(error) from None
+        self._saved_step = self._progress.step
 
-    def _summarise(self) -> Summary:
+    def _summarise(self, performance: dict[str, Any]) -> Summary:
         progress, config = self._progress, self._config
         summary = Summary(
             valid=progress.best_metrics,
@@ -322,9 +403,10 @@ class Trainer:
                 "table": config.table.kind,
                 "zero_stage": config.training.zero_stage,
             },
+            performance=performance,
         )
         if self._rank == 0:
             temporary = self._run / f".summary.{os.getpid()}"
-            temporary.write_text(json.dumps({"valid": summary.valid, "train": summary.train}, indent=2))
+            temporary.write_text(json.dumps(asdict(summary), indent=2))
             temporary.rename(self._run / "summary.json")
         return summary

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ import psutil
 import pytest
 
 from data_pipeline.errors import GenattError
+from genatt_dist import config as configuration
 from genatt_dist import runs
 from genatt_dist.config import RunConfig
 
@@ -34,7 +38,7 @@ def _losses(run: Path) -> list[float]:
 
 
 def test_all_launchers_train_the_same(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """One process, two ranks under torchrun, two under deepspeed; dropout and latents are keyed, so they agree too."""
+    """One process, two ranks under torchrun, deepspeed, Slurm; dropout and latents are keyed, so they agree too."""
     adamw = ("training.optimizer=adamw", "training.learning_rate=0.005", "training.epochs=2", _VARIATIONAL)
     losses = {}
     for launcher, world_size in (("process", 1), ("torchrun", 2), ("deepspeed", 2)):
@@ -43,11 +47,39 @@ def test_all_launchers_train_the_same(make_config: Callable[..., RunConfig], tmp
         assert summary["train"]["launcher"] == launcher
         assert summary["train"]["world_size"] == world_size
         losses[launcher] = _losses(tmp_path / launcher)
+    losses["slurm"] = _under_slurm(config, tmp_path)
     assert len(losses["process"]) >= 2
-    for left, right, tolerance in (("process", "torchrun", 1e-5), ("torchrun", "deepspeed", 1e-6)):
+    same = (("process", "torchrun", 1e-5), ("torchrun", "deepspeed", 1e-6), ("torchrun", "slurm", 1e-6))
+    for left, right, tolerance in same:
         difference = max(abs(a - b) for a, b in zip(losses[left], losses[right], strict=True))
         print(f"largest difference of losses, {left} and {right}: {difference:.1e}")
         assert difference <= tolerance
+
+
+def _under_slurm(config: RunConfig, directory: Path) -> list[float]:
+    """The same command twice, as srun starts it; each learns its place from Slurm's variables."""
+    path, run = directory / "slurm.yaml", directory / "slurm"
+    path.write_text(configuration.dump(config))
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "genatt_dist.cli", "train", path, "--run", run, "--launcher", "slurm"],
+            env=os.environ | job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for task in (1, 0)
+    ]
+    try:
+        printed = [task.communicate(timeout=_START_SECONDS)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert printed[0] == ""  # the first task tells the result
+    assert f"{run}: valid ndcg@10" in printed[1]
+    assert json.loads((run / "summary.json").read_text())["train"]["launcher"] == "slurm"
+    return _losses(run)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -84,7 +116,7 @@ def test_dead_rank_ends_the_run(make_config: Callable[..., RunConfig], tmp_path:
     assert not left
     assert len(errors) == 1
     assert str(run) in errors[0]
-    assert f"launcher={launcher}" in errors[0]
+    assert "rank 1" in errors[0]
 
 
 def _workers(run: Path) -> Iterator[psutil.Process]:

@@ -61,7 +61,7 @@ def train(run: Path, resume: bool = False, stop: bool = False, records: int = 1)
     if stop:
         telemetry.Telemetry.record = fail  # type: ignore[method-assign]
     try:
-        trainer.train(run, "test", resume)
+        trainer.train(runs.read_config(run), run, "test", resume)
     except _StoppedError:
         assert stop
 

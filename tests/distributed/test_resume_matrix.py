@@ -98,7 +98,7 @@ def train_to(run: Path, resume: bool, stop: int, every: bool) -> tuple[dict[int,
     telemetry.Telemetry.record = told  # type: ignore[method-assign]
     trainer.Trainer.update = seen  # type: ignore[method-assign]
     with contextlib.suppress(_StoppedError):
-        trainer.train(run, "test", resume)
+        trainer.train(runs.read_config(run), run, "test", resume)
     return losses, windows
 
 

@@ -20,9 +20,12 @@ sys.modules["torch"] = types.ModuleType("torch")
 os.environ["DS_ACCELERATOR"] = "cpu"
 from pathlib import Path
 from genatt_dist.launch import launchers
+from genatt_dist.launch.hosts import Hosts
+from genatt_dist.launch.places import Place
+from genatt_dist.training.options import TrainingConfig
 worker = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
-launchers._COMMANDS["process"] = lambda world_size, arguments, environment: [sys.executable, "-c", worker, sys.argv[1]]
-launchers.launch(Path("run"), "process", 1)
+launchers._COMMANDS["process"] = lambda start: [sys.executable, "-c", worker, sys.argv[1]]
+launchers.launch(Path("run"), "process", TrainingConfig(), Place(Hosts(), 1, "cpu"))
 """
 
 

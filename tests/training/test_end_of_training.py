@@ -14,6 +14,9 @@ from genatt_dist import config as configuration
 from genatt_dist.evaluation.diagnose import Diagnosis
 from genatt_dist.training import trainer
 from genatt_dist.training.checkpoint.progress import Progress
+from genatt_dist.training.mark import Mark
+from genatt_dist.training.performance import Performance
+from genatt_dist.training.stopping import Agreement
 from genatt_dist.training.warnings import FailureSigns
 
 
@@ -30,6 +33,8 @@ class Idle(trainer.Trainer):
         self._sharded = self._sequences = None  # type: ignore
         self._progress, self._notes = Progress("hash"), []
         self._saver = contextlib.nullcontext()  # type: ignore
+        self._mark, self._agreement = Mark(), Agreement(None)
+        self._performance = Performance(torch.device("cpu"), torch.float32, 0, 1)
         self.saved: list[tuple[int, int]] = []
 
     def _train_epoch(self) -> None:

@@ -21,6 +21,7 @@ from data_pipeline.storage import opened, read_bytes, redact, write_bytes
 
 COMPLETE = "COMPLETE"
 DENSE, PROGRESS, CONFIG, TABLES = "dense.safetensors", "progress.json", "config.yaml", "tables.json"
+AMENDED = "progress-amended.json"  # takes the place of PROGRESS where it is there
 BUNDLE = "bundle.json"
 USE_OLDER = "remove this checkpoint to use an older one"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.(safetensors|json|yaml)")

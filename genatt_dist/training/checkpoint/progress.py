@@ -16,7 +16,10 @@ class Progress:
     vocabulary_hash: sha256 of the vocabulary. metric: what the validation right before this checkpoint gave, None where
     there was none. begun_epoch, begun_step: cursor at the first epoch of this version of the data (not 0 when the data
     grew on the way). seconds: since the start, validation and checkpoints included; step_seconds: in training steps
-    alone. stale: evaluations since the best one.
+    alone. stale: evaluations since the best one. pending: both losses of the updates that the log has not told yet,
+    where a run was stopped between two of its records.
+
+    `batch` is the number of all batches where an epoch is trained but its end (validation, checkpoint) is not done.
     """
 
     manifest_hash: str
@@ -34,3 +37,4 @@ class Progress:
     best_metric: float = -1.0
     best_step: int = -1
     best_metrics: dict[str, float] = field(default_factory=dict)
+    pending: list[list[float]] = field(default_factory=list)

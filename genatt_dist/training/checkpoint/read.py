@@ -21,6 +21,7 @@ from genatt_dist.config import RunConfig
 from genatt_dist.embedding.table import TableShard
 from genatt_dist.training.checkpoint import tensors
 from genatt_dist.training.checkpoint.files import (
+    AMENDED,
     COMPLETE,
     CONFIG,
     DENSE,
@@ -93,7 +94,7 @@ class Checkpoint:
     def progress(self) -> Progress:
         """Where the run stood when the checkpoint was written."""
         try:
-            return Progress(**json.loads(read_bytes(self.file(PROGRESS))))
+            return Progress(**json.loads(read_bytes(self.file(AMENDED if AMENDED in self.files else PROGRESS))))
         except (ValueError, TypeError) as error:
             raise GenattError(f"checkpoint {redact(self.path)}: cannot read {PROGRESS}: {error}; {USE_OLDER}") from None
 

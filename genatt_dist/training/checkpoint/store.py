@@ -4,7 +4,8 @@
         dense.safetensors                fp32 parameters, buffers, optimizer moments by name (ZeRO's parts gathered)
         table-00000-00.safetensors …     what lay of the sharded tables on a rank: rows and their optimizer state
         tables.json                      of which table, and which rows and columns, each of those files is
-        progress.json                    cursor, counters, early stopping, what data it belongs to (`Progress`)
+        progress.json                    cursor, counters, early stopping, what data it belongs to (`Progress`);
+                                         progress-amended.json where the validation after it was done by a resumed run
         config.yaml                      the run's configuration
         COMPLETE                         sha256 of every other file
 

@@ -20,6 +20,7 @@ from data_pipeline.storage import redact, write_bytes
 from genatt_dist.embedding.table import TableShard
 from genatt_dist.training.checkpoint import tensors
 from genatt_dist.training.checkpoint.files import (
+    AMENDED,
     CONFIG,
     DENSE,
     PROGRESS,
@@ -88,6 +89,12 @@ def seal(path: str, token: int, num_parts: int, whole: Whole, seconds: float = P
 def complete(path: str, files: dict[str, str]) -> None:
     """Write COMPLETE: names and sums of all files, which must be there."""
     write_complete(path, json.dumps({name: files[name] for name in sorted(files)}, indent=2).encode())
+
+
+def amend(path: str, files: Mapping[str, str], progress: Progress) -> None:
+    """Give a complete checkpoint, whose files are these, another progress: at no moment is it incomplete."""
+    digest = write(f"{path}/{AMENDED}", [json.dumps(asdict(progress), indent=2).encode()])
+    complete(path, {**files, AMENDED: digest})
 
 
 def _say(path: str, rank: int, content: dict[str, object]) -> None:

@@ -1,0 +1,101 @@
+"""Processes that were started together: waited for, asked to stop, and ended for certain."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import IO
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LOOK_SECONDS = 0.1
+_KILLED_SECONDS = 5.0  # until the kernel has ended what got SIGKILL
+STOP, NOW = 1, 2  # what `asked` says: end in order, end at once
+
+
+class Group:
+    """A program in a process group of its own. Where this process is killed outright, the kernel sends it SIGTERM."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | int | None = None):
+        self.process = subprocess.Popen(
+            command, env=dict(environment), stdin=stdin, start_new_session=True, preexec_fn=_ends_with_parent()
+        )
+        self._apart: list[psutil.Process] = []  # descendants in sessions of their own, as torchrun's
+
+    def wait(self, asked: Callable[[], int], stop_seconds: float) -> int:
+        """The program's exit code, once nothing of the group is left.
+
+        Once `asked()` is STOP, all get SIGTERM, and SIGKILL after `stop_seconds` (or when it is NOW). What the program
+        leaves behind has as long.
+        """
+        deadline: float | None = None
+        while (running := self.process.poll() is None) or self._members():
+            level = asked()
+            if level and deadline is None:
+                self._signal(signal.SIGTERM)
+            if deadline is None and (level or not running):
+                deadline = time.monotonic() + stop_seconds
+            if deadline is not None and (level >= NOW or time.monotonic() > deadline):
+                break
+            time.sleep(_LOOK_SECONDS)
+        self.kill()
+        return self.process.wait()
+
+    def kill(self) -> None:
+        """End all of it at once."""
+        self._note_descendants()
+        self._signal(signal.SIGKILL)
+        for process in self._apart:
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+        deadline = time.monotonic() + _KILLED_SECONDS
+        while self._members() and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+
+    def _signal(self, number: signal.Signals) -> None:
+        self._note_descendants()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def _note_descendants(self) -> None:
+        """While their parents live: nothing tells of whom an orphan was a child."""
+        if self.process.poll() is None:
+            with suppress(psutil.Error):
+                self._apart = psutil.Process(self.process.pid).children(recursive=True)
+
+    def _members(self) -> bool:
+        """Whether a process of the group lives; one that ended and that nobody has waited for does not."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError):
+                if os.getpgid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    return True
+        return False
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """For a child to call before it becomes its program: it gets SIGTERM when this process is gone, however it went.
+
+    SIGTERM and not SIGKILL, so that torchrun and deepspeed end their ranks too. None where the kernel is not Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()  # loaded here: a forked child should do as little as possible
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # gone before the kernel was asked
+            os._exit(1)
+
+    return ask

@@ -1,0 +1,82 @@
+"""Job `benchmark`: `genatt bench NAME` on a node of the cluster; its results go to the run directory.
+
+`python -m jobs.benchmark [job.yaml]`
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from data_pipeline.errors import GenattError
+from data_pipeline.redaction import redact
+from data_pipeline.storage import check_access, write_bytes
+from jobs import driver, options
+from jobs.node import on_node
+from jobs.options import OUT, BenchmarkJob
+
+_SAID_CHARS = 400
+
+
+def check(job: BenchmarkJob) -> None:
+    """Whether there is such a benchmark with such options. Raises GenattError."""
+    from typer.main import get_command
+
+    from genatt_dist.cli import app
+
+    verbs: dict[str, Any] = get_command(app).commands["bench"].commands  # type: ignore[attr-defined]
+    if job.name not in verbs:
+        raise GenattError(f"config of the benchmark: name={job.name} is unknown: use {', '.join(verbs)}")
+    try:
+        verbs[job.name].make_context(job.name, ["--out", job.out, *job.arguments()])
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of a wrong option alone, in all versions of typer
+            raise
+        said = " ".join(error.format_message().split()).rstrip(".")
+        raise GenattError(f"config of the benchmark: options: {said}: see genatt bench {job.name} --help") from None
+
+
+def benchmark(job: BenchmarkJob, run: str) -> str:
+    """Measure on a node, and return a line that says where the results are."""
+    names = on_node(f"bench {job.name}", job, _measure, job, run)
+    return f"{redact(run)} has {', '.join(names)}"
+
+
+def _measure(job: BenchmarkJob, run: str) -> list[str]:
+    """In a task: names of the files that were written to the run. A process of its own: a benchmark may run out of
+    memory, and pins its threads.
+    """
+    with tempfile.TemporaryDirectory(prefix="genatt-bench-") as directory:
+        words = [word.replace(OUT, directory) for word in ("--out", f"{OUT}/{job.out}", *job.arguments())]
+        ended = subprocess.run(
+            [sys.executable, "-m", "genatt_dist.cli", "bench", job.name, *words],
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},  # for ranks on other nodes
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        sys.stderr.write(ended.stderr)
+        if ended.returncode:
+            said = (ended.stderr.strip().splitlines() or ["nothing"])[-1][-_SAID_CHARS:]
+            raise GenattError(f"genatt bench {job.name} ended with exit code {ended.returncode}: {said}")
+        files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+        names = [path.relative_to(directory).as_posix() for path in files]
+        for name, path in zip(names, files, strict=True):
+            write_bytes(f"{run}/{name}", path.read_bytes())
+    return names
+
+
+def work(config: dict[str, Any], run: str) -> None:
+    """The job. It measures every time it is submitted: an old measurement is no result of today."""
+    job = options.of_benchmark(config)
+    check_access(run)
+    driver.stage("benchmark", lambda: None, lambda: benchmark(job, run))
+
+
+if __name__ == "__main__":
+    driver.main(work, __doc__ or "")

@@ -1,0 +1,86 @@
+"""Measuring changes no result, on any number of ranks; and every rank's memory is in the summary."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from genatt_dist import config as configuration
+from genatt_dist.config import RunConfig
+from genatt_dist.training.timing import SECTIONS
+
+_DIFFUSION = "model.attention={type: diffusion, rank: 4, generator_size: 8}"
+_SHARDED = ("table.kind=sharded", "loss.kind=full")
+
+
+def trained(folder: Path, config: RunConfig, measured: bool) -> tuple[list[float], dict[str, Any]]:
+    """Losses of the log, on rank 0, and the dense parameters at the end. measured: else without timer and counter."""
+    from genatt_dist.training import performance, step, trainer
+
+    run = folder / ("measured" if measured else "plain")
+    if torch.distributed.get_rank() == 0:
+        run.mkdir()
+        (run / "config.yaml").write_text(configuration.dump(config))
+    torch.distributed.barrier()
+    ranks.partition_every_parameter()
+    trainer._LOG_STEPS = 1
+    work = trainer.Trainer(run, config, torch.device("cpu"), "test", False)
+    if measured:
+        work.run()
+    else:
+        nothing = mock.MagicMock(**{"__getitem__.side_effect": lambda name: nullcontext()})
+        with (
+            mock.patch.object(work._step, "_timer", nothing),
+            mock.patch.object(performance, "counted", return_value=nullcontext(performance.Count())),
+        ):
+            work.run()
+    assert step.SectionTimer is performance.SectionTimer
+    state = {name: value.numpy() for name, value in work._engine.state().items()}
+    if torch.distributed.get_rank():
+        return [], state
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"], state
+
+
+def both(folder: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Trains with and without measuring; returns the summary of the former."""
+    measured, plain = (
+        ranks.run_in_group(trained, world_size, folder, config, flag, seconds=120)[0] for flag in (True, False)
+    )
+    assert measured[0] == plain[0]
+    assert len(measured[0]) >= 4
+    for name, value in plain[1].items():
+        np.testing.assert_array_equal(measured[1][name], value, err_msg=name)
+    return dict(json.loads((folder / "measured" / "summary.json").read_text())["performance"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_measuring_changes_no_bit(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Two ranks, a sharded table under the full softmax, parameters taken apart, keyed dropout."""
+    found = both(tmp_path, make_config(*_SHARDED, "training.zero_stage=3", "training.epochs=1"), 2)
+    assert len(found["peak_memory_gib"]["host"]) == 2
+    assert min(found["peak_memory_gib"]["host"]) > 0.05
+    assert 0 < found["exchange_share"] < 1
+    assert found["flops_per_step"] > 0
+    assert all(found["step_seconds"][name] > 0 for name in SECTIONS)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("table", ["replicated", "sharded", "full"])
+@pytest.mark.parametrize("attention", ["model.attention.type=dot_product", _DIFFUSION])
+def test_measuring_changes_no_bit_of_any_kind(
+    make_config: Callable[..., RunConfig], tmp_path: Path, stage: int, table: str, attention: str
+) -> None:
+    overrides = {"replicated": ("table.kind=replicated",), "sharded": ("table.kind=sharded",), "full": _SHARDED}[table]
+    config = make_config(*overrides, attention, f"training.zero_stage={stage}", "training.epochs=2", "world_size=1")
+    assert both(tmp_path, config, 1)["flops_per_step"] > 0
