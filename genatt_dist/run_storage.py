@@ -75,12 +75,17 @@ class Mirror:
     def __init__(self, url: str, run: Path) -> None:
         self._url, self._run = url.rstrip("/"), run
         self._published: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
 
     def publish(self) -> None:
         """Send each file that is new or changed, and remove what has gone.
 
         Raises GenattError; what was not sent is sent the next time.
         """
+        with self._lock:
+            self._publish()
+
+    def _publish(self) -> None:
         here: dict[str, tuple[int, int]] = {}
         for path in self._run.rglob("*"):
             inner = path.relative_to(self._run)
@@ -97,6 +102,18 @@ class Mirror:
         for name in self._published.keys() - here.keys():
             remove(self._url, name)
             del self._published[name]
+
+
+_mirrors: dict[Path, Mirror] = {}  # of this process, while they are kept
+
+
+def send(run: Path) -> None:
+    """Have at the URL what the run's files say now, before a checkpoint counts: who goes on from it writes no line again
+    that came before it. Nothing for a run without a URL; a store that does not answer gets it the next time.
+    """
+    if mirror := _mirrors.get(run):
+        with suppress(GenattError):
+            mirror.publish()
 
 
 @contextmanager
@@ -119,6 +136,7 @@ def mirrored(url: str, run: Path, every: float = EVERY_SECONDS) -> Iterator[None
                     print(f"note: {redact(url)} is behind: {error}", file=sys.stderr, flush=True)
                 told = True
 
+    _mirrors[run] = mirror
     thread = threading.Thread(target=watch, name="run mirror", daemon=True)
     thread.start()
     failed = True
@@ -128,6 +146,7 @@ def mirrored(url: str, run: Path, every: float = EVERY_SECONDS) -> Iterator[None
     finally:
         end.set()
         thread.join(_END_SECONDS)
+        del _mirrors[run]
         try:
             mirror.publish()
         except GenattError as error:

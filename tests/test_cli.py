@@ -56,6 +56,13 @@ SURFACE = {
         "--out", "--quick", "--select", "--steps", "--sampling-steps", "--max-len", "--training-batch",
         "--serving-batch", "--items", "--rounds", "--variant-seconds", "--memory-limit",
     ],
+    "submit": [
+        "job", "config", "overrides", "--run", "--out", "--address", "--env", "--exclude", "--entrypoint-num-cpus",
+        "--timeout", "--detach",
+    ],
+    "jobs list": ["--address", "--json"],
+    "jobs logs": ["job_id", "--follow", "--address"],
+    "jobs stop": ["job_id", "--wait", "--timeout", "--address"],
     "study quality": ["--out", "--config", "--jobs", "--arms", "--out-file", "overrides"],
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol, cast
 import torch
 import torch.distributed as dist
 
+from genatt_dist import run_storage
 from genatt_dist.config import RunConfig
 from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.sequences import Sequences
@@ -384,6 +385,8 @@ class Trainer:
         if self._saved_step == self._progress.step:  # before a validation that was stopped, and done when resumed
             self._saver.amend(self._progress)
             return
+        if self._rank == 0:
+            run_storage.send(self._run)
         try:
             self._saver.save(self._progress)
         except NotFiniteError as error:
