@@ -46,3 +46,57 @@ def bench_steps(
     batches = {"training_batch": training_batch, "serving_batch": serving_batch}
     careful = {"num_items": items, "rounds": rounds, "variant_seconds": variant_seconds, "memory_mb": memory_limit}
     run(out, quick, select or [], extents, batches, careful, stderr())
+
+
+@bench.command(
+    "scaling",
+    epilog=examples(
+        "genatt bench scaling --out benchmarks/results/scaling.json",
+        "genatt bench scaling --quick --trace traces --out scaling.json",
+        "genatt bench scaling --items 10000 --steps 50 --select table=sharded --launcher deepspeed --out scaling.json",
+    ),
+)
+def bench_scaling(
+    out: Annotated[Path, typer.Option(help="JSON file to write; its figures go beside it as PNGs.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; options given here win.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas; default 1,2.")] = "",
+    steps: Annotated[str, typer.Option(help="T, with commas; default 1,10,50,200. Dot product is beside them.")] = "",
+    items: Annotated[
+        str, typer.Option(help="Catalogues under the sampled softmax; default 10000,100000,1000000.")
+    ] = "",
+    full_items: Annotated[str, typer.Option(help="Catalogues under the full softmax; default 10000,30000.")] = "",
+    few_steps: Annotated[
+        str, typer.Option(help="T under the full softmax, and from a million items on; default 50.")
+    ] = "",
+    tables: Annotated[str, typer.Option(help="replicated,sharded, or one of them.")] = "",
+    mode: Annotated[str, typer.Option(help="weak,strong, or one of them.")] = "",
+    select: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=A,B", help="Cells to measure, e.g. loss=full; repeatable.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a rank; default 64.")] = None,
+    launcher: Annotated[str, typer.Option(help="torchrun, deepspeed, or ray (inside a Ray job).")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every row; default 5.")] = None,
+    turn_seconds: Annotated[float | None, typer.Option(min=0.01, help="Length of a turn; default 0.3.")] = None,
+    row_seconds: Annotated[float | None, typer.Option(min=1, help="A row's time limit; default 120.")] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(min=1, metavar="MIB", help="Memory of a rank; default: most that is free.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid of small batches.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Directory for a chrome trace of every row.")] = None,
+) -> None:
+    """Weak and strong scaling of the training step over ranks, T and catalogue; a cost model held against it."""
+    from benchmarks.scaling.grid import QUICK, read
+    from benchmarks.scaling.run import run
+
+    words = {"ranks": ranks, "steps": steps, "items": items, "full_items": full_items, "few_steps": few_steps}
+    words |= {"tables": tables, "mode": mode, "launcher": launcher}
+    others: dict[str, object] = {
+        "batch": batch,
+        "rounds": rounds,
+        "turn_seconds": turn_seconds,
+        "row_seconds": row_seconds,
+    }
+    others |= {"memory_mb": memory_mb, "select": select or None}
+    given: dict[str, object] = {name: value for name, value in words.items() if value}
+    given |= {name: value for name, value in others.items() if value is not None}
+    run(read(config, (QUICK if quick else {}) | given), out, trace, stderr())
