@@ -63,6 +63,11 @@ SURFACE = {
     "jobs list": ["--address", "--json"],
     "jobs logs": ["job_id", "--follow", "--address"],
     "jobs stop": ["job_id", "--wait", "--timeout", "--address"],
+    "bench scaling": [
+        "--out", "--config", "--ranks", "--steps", "--items", "--full-items", "--few-steps", "--tables", "--mode",
+        "--select", "--batch", "--launcher", "--rounds", "--turn-seconds", "--row-seconds", "--memory-mb", "--quick",
+        "--trace",
+    ],
     "study quality": ["--out", "--config", "--jobs", "--arms", "--out-file", "overrides"],
 }  # fmt: skip
 

@@ -52,8 +52,7 @@ def bench_steps(
     "scaling",
     epilog=examples(
         "genatt bench scaling --out benchmarks/results/scaling.json",
-        "genatt bench scaling --quick --trace traces --out scaling.json",
-        "genatt bench scaling --items 10000 --steps 50 --select table=sharded --launcher deepspeed --out scaling.json",
+        "genatt bench scaling --quick --steps 50 --launcher deepspeed --trace traces --out scaling.json",
     ),
 )
 def bench_scaling(

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.recovery import ATTENTIONS, LAW, SAMPLES, mean_and_error, nll
 
 BOUND = 0.05  # nat above the exact floor
-TESTED = ("variational-factor", "diffusion-factor-faithful")
+TESTED = ("diffusion-factor-faithful",)  # each takes minutes
 OTHERS = [name for name, fields in ATTENTIONS.items() if "form" in fields or "diffusion" in name]
 
 

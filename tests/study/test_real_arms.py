@@ -27,6 +27,7 @@ def _tree(prepared: Path, **training: Any) -> dict[str, Any]:
     return base
 
 
+@pytest.mark.exhaustive
 def test_killed_arm_ends_as_an_undisturbed_one(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "_POLL_SECONDS", 0.02)  # training takes seconds: the kill must come in the midst of it
     base = _tree(prepared, epochs=100, patience=100)
