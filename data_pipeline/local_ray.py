@@ -149,7 +149,8 @@ def _start(num_cpus: int | None, object_store_bytes: int | None) -> RayHead | No
             logging_level=logging.ERROR,
             runtime_env={"env_vars": ENVIRONMENT} if cluster else None,
         )
-        if callable(terminated):  # Ray puts a handler of its own in its place
+        # Ray puts a handler of its own in its place, where it may: in the main thread.
+        if callable(terminated) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)
     except BaseException as error:
         if head:

@@ -44,7 +44,12 @@ class RayHead:
                     text=True,
                     start_new_session=True,  # Ctrl-C is for us: we end it in order
                 )
-                if address := self._address():
+                try:
+                    address = self._address()
+                except BaseException:  # Ctrl-C: it may still be on its way up
+                    self.end()
+                    raise
+                if address:
                     self.address, RayHead.running = address, self
                     return
                 self.end()

@@ -25,6 +25,7 @@ from genatt_dist.config import RunConfig
 CHECKPOINTS = "checkpoints"
 EVERY_SECONDS = 5.0
 _END_SECONDS = 120.0  # for a publication that is under way when the run ends
+_SEND_SECONDS = 5.0  # for one under way before a checkpoint, which has a time limit of its own
 
 
 def is_url(run: str | Path) -> bool:
@@ -77,13 +78,18 @@ class Mirror:
         self._published: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def publish(self) -> None:
-        """Send each file that is new or changed, and remove what has gone.
+    def publish(self, limit: float = _END_SECONDS) -> None:
+        """Send each file that is new or changed, and remove what has gone. limit: seconds to wait for one under way.
 
         Raises GenattError; what was not sent is sent the next time.
         """
-        with self._lock:
-            self._publish()
+        if not self._lock.acquire(timeout=limit):
+            raise GenattError(f"cannot write {redact(self._url)}: it has not answered for {limit:.0f} s")
+        try:
+            with explaining(self._url, "write"):
+                self._publish()
+        finally:
+            self._lock.release()
 
     def _publish(self) -> None:
         here: dict[str, tuple[int, int]] = {}
@@ -108,12 +114,12 @@ _mirrors: dict[Path, Mirror] = {}  # of this process, while they are kept
 
 
 def send(run: Path) -> None:
-    """Have at the URL what the run's files say now, before a checkpoint counts: who goes on from it writes no line again
-    that came before it. Nothing for a run without a URL; a store that does not answer gets it the next time.
+    """Have at the URL what the run's files say now, before a checkpoint counts: who goes on from it writes no line
+    again that came before it. Nothing for a run without a URL; a store that does not answer gets it the next time.
     """
     if mirror := _mirrors.get(run):
         with suppress(GenattError):
-            mirror.publish()
+            mirror.publish(_SEND_SECONDS)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A mistake that can be known from config and data is told here, before any proces
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,11 @@ def train(
     the first makes the run directory and has the summary; the others return {}.
     Raises GenattError; a run that could not be started leaves nothing behind.
     """
+    if scheme := re.match(r"[a-z][a-z0-9+]+:/", str(run)):  # Path has made one slash of two
+        raise GenattError(
+            f"--run {scheme[0]}/… is a URL: `genatt submit train` takes one; name a directory here, and a URL as "
+            "training.checkpoint.path"
+        )
     hosts = hosts or Hosts()
     launcher = launcher or hosts.launcher or ("process" if config.world_size == 1 else "deepspeed")
     check_launcher(launcher, config.world_size)

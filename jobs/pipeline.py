@@ -16,7 +16,7 @@ def work(config: dict[str, Any], run: str) -> None:
     pipeline = options.of_pipeline(config)
     shards, ranking, page = pipeline.prepare, pipeline.evaluate, pipeline.report
     if shards is not None:
-        driver.stage("prepare", lambda: prepare.already(shards), lambda: prepare.prepare(shards))
+        driver.stage("prepare", lambda: prepare.already(shards), lambda: prepare.prepare(shards, run))
     driver.stage("train", lambda: train.already(pipeline.train, run), lambda: train.train(pipeline.train, run))
     if ranking is not None:
         driver.stage("evaluate", lambda: evaluate.already(ranking, run), lambda: evaluate.evaluate(ranking, run))

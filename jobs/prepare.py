@@ -35,27 +35,32 @@ def reachable(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update={"source": f"{config.out}-source-{which}", "name": config.name or name})
 
 
-def prepare(asked: PrepareConfig) -> str:
+def prepare(asked: PrepareConfig, run: str) -> str:
     """Prepare, and remove first what an earlier attempt of this very job left of it. Returns a line about the shards.
 
     A preparation that was killed on object storage leaves files that no later one may touch, for another may be at work
-    there. So a job notes beside the directory, where it found nothing, that it begins; what an attempt finds under that
-    note is its own, as a job is not submitted twice.
+    there. So a job notes beside the directory, where it found nothing, that it begins; what an attempt finds under its
+    own run's note is its own, as a job is not submitted twice. Of several runs that prepare one place the first does.
     """
-    from data_pipeline.prepare import prepare as run
+    from data_pipeline.prepare import prepare as made
 
     config = reachable(asked)
     check_access(config.out)
     if config.source != asked.source:
         _materialise(asked.source, config.source)
     if is_local(config.out):  # written elsewhere and renamed: nothing can be left
-        return _told(run(config), config)
+        return _told(made(config), config)
     note = f"{config.out}.preparing.json"
-    if read_if_there(note) is not None:
+    if (found := read_if_there(note)) is not None:
+        if (other := json.loads(found).get("run", redact(run))) != redact(run):
+            raise GenattError(
+                f"prepare.out {redact(config.out)}: the job of run {other} prepares there, or was ended in it: wait "
+                f"for it, or submit that one again; if it is given up, remove {redact(note)} and what is in prepare.out"
+            )
         _remove(config.out)
     check_free(config.out, "prepare.out")
-    write_bytes(note, json.dumps({"config": config.hash()}).encode())
-    manifest = run(config)
+    write_bytes(note, json.dumps({"config": config.hash(), "run": redact(run)}).encode())
+    manifest = made(config)
     _remove(note)
     return _told(manifest, config)
 
@@ -116,7 +121,7 @@ def _remove(path: str) -> None:
 def work(config: dict[str, Any], run: str) -> None:
     """The job; its run is where the shards go."""
     wanted = options.of_prepare(config)
-    driver.stage("prepare", lambda: already(wanted), lambda: prepare(wanted))
+    driver.stage("prepare", lambda: already(wanted), lambda: prepare(wanted, run))
 
 
 if __name__ == "__main__":

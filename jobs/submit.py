@@ -117,7 +117,9 @@ def submit(client: api.Client, job: Job, package: packaging.Package, tell: Calla
                 )
         except GenattError:
             # Somebody else's submission may have come first: then there is a job of this id.
-            if any(one.submission_id == job_id for one in api.jobs(client)):
+            now = api.jobs(client)
+            if any(one.submission_id == job_id for one in now):
+                _working([one for one in now if one.submission_id == job_id], job)  # of this configuration, or raises
                 return Submitted(job_id, attached=True)
             raise
     return Submitted(job_id, attached=False)
@@ -125,7 +127,7 @@ def submit(client: api.Client, job: Job, package: packaging.Package, tell: Calla
 
 def resubmission(words: Sequence[str]) -> str:
     """The command that was typed, to be typed again."""
-    return f"genatt {shlex.join(words)}"
+    return f"genatt {shlex.join(map(redact, words))}"
 
 
 def _working(before: Sequence[JobDetails], job: Job) -> JobDetails | None:

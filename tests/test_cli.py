@@ -450,6 +450,9 @@ class TestTrainRefusesBeforeAnyProcessStarts:
         (tmp_path / "run" / "mine.txt").write_text("keep")
         assert "run exists: choose another --run, or go on with it by --resume" in train()
 
+    def test_a_run_directory_that_is_a_url(self, train: Callable[..., str]) -> None:
+        assert "--run s3://… is a URL: `genatt submit train` takes one" in train(run=Path("s3://bucket/run"))
+
     def test_a_run_directory_that_cannot_be_written(self, train: Callable[..., str], config: Path) -> None:
         message = train(run=config / "run")
         assert "cannot write run directory" in message

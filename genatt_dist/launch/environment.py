@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_pipeline.errors import GenattError
+from data_pipeline.redaction import redact
 from genatt_dist.launch.limits import available_cores
-from genatt_dist.launch.network import interface_towards
+from genatt_dist.launch.network import ELSEWHERE, interface_towards, is_loopback_name
 from genatt_dist.launch.orphan import LAUNCHER_PID
 
 # What a user sets for the ranks, by how the names begin: threads and allocator, networks, libraries, storage, trackers.
@@ -31,7 +32,7 @@ _TRAVEL = (
     *("TORCH_", "TRITON_", "PYTHON", "DS_ACCELERATOR", "GENATT_"),
     *("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "MLFLOW_", "WANDB_"),
 )
-_SECRET = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL")
+_SECRET = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING")
 _OWN = {LAUNCHER_PID, "DS_ENV_FILE"}  # of this host alone
 
 
@@ -60,11 +61,12 @@ def with_python(path: str) -> str:
 
 def between_hosts(base: Mapping[str, str], master: str) -> dict[str, str]:
     """`base` and the interface gloo has to use: by itself it takes what the host's own name resolves to, which
-    many distributions map to the loopback.
+    many distributions map to the loopback. On the first rank's own host that may be what `master` means too: there it
+    is the interface of the way out.
 
     master: name or address of the first rank's host.
     """
-    interface = interface_towards(master)
+    interface = interface_towards(master) or (None if is_loopback_name(master) else interface_towards(ELSEWHERE))
     return {**({"GLOO_SOCKET_IFNAME": interface} if interface else {}), **base}
 
 
@@ -74,11 +76,16 @@ def travelling(base: Mapping[str, str] = os.environ) -> tuple[dict[str, str], di
     DeepSpeed puts it on command lines.
     """
     chosen = {key: value for key, value in base.items() if key.startswith(_TRAVEL) and key not in _OWN}
-    secret = {key: value for key, value in chosen.items() if any(word in key.upper() for word in _SECRET)}
+    secret = {key: value for key, value in chosen.items() if _is_secret(key, value)}
     seen = {key: value for key, value in chosen.items() if key not in secret}
     for directory in (Path.home(), Path.cwd()):
         seen |= _assignments(directory / base.get("DS_ENV_FILE", ".deepspeed_env"))
     return seen, secret
+
+
+def _is_secret(key: str, value: str) -> bool:
+    """By its name, or because the value is a URL with a password, or options of a storage (FSSPEC_S3={"secret": …})."""
+    return any(word in key.upper() for word in _SECRET) or redact(value) != value or value.lstrip().startswith("{")
 
 
 def _assignments(path: Path) -> dict[str, str]:

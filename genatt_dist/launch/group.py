@@ -27,6 +27,7 @@ class Group:
         self.process = subprocess.Popen(
             command, env=dict(environment), stdin=stdin, start_new_session=True, preexec_fn=_ends_with_parent()
         )
+        self._over = False
         self._apart: list[psutil.Process] = []  # descendants in sessions of their own, as torchrun's
 
     def wait(self, asked: Callable[[], int], stop_seconds: float) -> int:
@@ -49,7 +50,9 @@ class Group:
         return self.process.wait()
 
     def kill(self) -> None:
-        """End all of it at once."""
+        """End all of it at once; only once, for its number may be another group's by then."""
+        if self._over:
+            return
         self._note_descendants()
         self._signal(signal.SIGKILL)
         for process in self._apart:
@@ -59,6 +62,7 @@ class Group:
         deadline = time.monotonic() + _KILLED_SECONDS
         while self._members() and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
+        self._over = True
 
     def _signal(self, number: signal.Signals) -> None:
         self._note_descendants()

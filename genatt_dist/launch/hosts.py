@@ -12,18 +12,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import GenattError
+from genatt_dist.launch.network import is_loopback_name
 from genatt_dist.launch.probe import installed
 
 # `ssh` starts the deepspeed launcher on every host by OpenSSH alone; the others are the deepspeed launcher's own.
 REMOTE_SHELLS = ("ssh", "pdsh", "openmpi", "mpich", "impi")
 _CONNECT_SECONDS, _PROBE_SECONDS = 10, 60
 _NO_CONNECTION = 255  # ssh's own exit code
-_LOOPBACK = ("localhost", "127.", "::1")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read_hostfile(path: Path, world_size: int) -> tuple[Host, ...]:
             "the slots"
         )
     first = next(iter(hosts))
-    if len(hosts) > 1 and first.startswith(_LOOPBACK):
+    if len(hosts) > 1 and is_loopback_name(first):
         raise GenattError(f"{path} names {first} first: the other hosts cannot reach it by that name; use its own")
     return tuple(hosts.values())
 
@@ -192,5 +193,8 @@ def _probe(host: str, port: int | None) -> dict[str, Any] | str:
         return f"cannot be reached by ssh ({said}): `{way} true` has to work without a question"
     if done.returncode:
         return f"cannot run {sys.executable} in {Path.cwd()} ({said}): install the same there, under the same path"
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+    for line in reversed(done.stdout.splitlines()):  # a shell's own words may stand around it
+        with suppress(ValueError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+    return f"did not run what it was asked to: does `{way} echo yes` print yes?"

@@ -33,6 +33,8 @@ from genatt_dist.training.stopped import STOPPED
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
 _ONE_PRESS_SECONDS = 1.0
+# How names begin that the deepspeed launcher, by itself, puts on command lines with what they are here.
+_SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 def launch(run: Path, launcher: str, training: TrainingConfig, place: Place, resume: bool = False) -> None:
@@ -61,6 +63,10 @@ def launch(run: Path, launcher: str, training: TrainingConfig, place: Place, res
         raise GenattError(
             f"no rank of {run} began within {place.hosts.start_seconds:.0f} s under --ssh={place.hosts.shell}; its "
             "messages are above: mend that, or allow more by --start-seconds"
+        )
+    if code == ResumableError.exit_code:  # before rank 0's word could be written, or seen here
+        raise ResumableError(
+            f"{run} stopped; its messages are above: the same command again, with --resume where it has a checkpoint"
         )
     if received:
         _raise_again(received[0][0])
@@ -249,6 +255,9 @@ def _over_shell(start: Start) -> list[str]:
             "them on the hosts (~/.aws/credentials, say), or use --ssh=ssh",
             file=sys.stderr,
         )
+    for key in secret:
+        if key.startswith(_SENT_BY_DEEPSPEED):
+            del environment[key]
     seen |= {"DS_ACCELERATOR": place.device, "MASTER_ADDR": place.master, "MASTER_PORT": str(place.port)}
     seen |= {rank.TOKEN: place.token}
     variables = start.scratch / "environment"

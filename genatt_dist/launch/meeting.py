@@ -121,5 +121,5 @@ class Meeting:
             return GenattError(f"port of {self._at} is in use here: end what listens there, or choose another port")
         return GenattError(
             f"no word from the first host at {self._at} within {self._seconds:.0f} s ({said[:120]}): is the same "
-            "command running there, and is the port open?"
+            "command running there, and is the port open? It checks the data first: --start-seconds allows more"
         )

@@ -7,6 +7,14 @@ import socket
 
 import psutil
 
+ELSEWHERE = "192.0.2.1"  # of nobody (RFC 5737): the way there is the way out
+_LOOPBACK = ("localhost", "127.", "::1")
+
+
+def is_loopback_name(host: str) -> bool:
+    """Whether `host` names the loopback of whoever reads it."""
+    return host.startswith(_LOOPBACK)
+
 
 def free_port() -> int:
     """A TCP port that nothing listens on now, on any interface."""

@@ -191,9 +191,10 @@ def _follow(
         idle_since = now if news.ranks else idle_since
         if now - idle_since > ROOM_SECONDS:
             raise _no_room(config)
-        if received and stop_by is None:
-            ask(control.stop.remote(signal.Signals(received[0]).name))
-            stop_by = now + _stop_seconds(config)
+        if received:  # each time: ranks that a resize had stopped are let go on
+            with suppress(RayError):
+                ask(control.stop.remote(signal.Signals(received[0]).name))
+            stop_by = stop_by or now + _stop_seconds(config)
         if stop_by and (now > stop_by or received.count(signal.SIGINT) > 1):
             raise ResumableError(
                 f"{signal.Signals(received[0]).name}: the ranks did not end in time; the same command with --resume "

@@ -17,23 +17,24 @@ def task(environment: Mapping[str, str], world_size: int) -> dict[str, str]:
         rank, tasks, local = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "NTASKS", "LOCALID"))
         node = int(environment.get("SLURM_NODEID", "0"))
         nodes = next(environment[name] for name in _NODE_LISTS if name in environment)
-    except (KeyError, ValueError, StopIteration):
+        per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(tasks)))
+        here = _counts(per_node)[node]
+    except (KeyError, ValueError, IndexError, StopIteration):
         raise GenattError(
-            "launcher=slurm outside a Slurm task (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NODELIST are not "
-            "all set): start it by `srun --ntasks=N genatt train … --launcher slurm`"
+            "launcher=slurm outside a Slurm task (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NODELIST and what "
+            "belongs to them are not all set): start it by `srun --ntasks=N genatt train … --launcher slurm`"
         ) from None
     if tasks != world_size:
         raise GenattError(
             f"SLURM_NTASKS={tasks}, but world_size={world_size}: use `srun --ntasks={world_size}`, or set "
             f"world_size={tasks}"
         )
-    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(tasks)))
     return {
         "RANK": str(rank),
         # Where Slurm binds a GPU to each task, every task sees its own as the only one.
         "LOCAL_RANK": "0" if environment.get("CUDA_VISIBLE_DEVICES", "").isdigit() else str(local),
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": str(_counts(per_node)[node]),
+        "LOCAL_WORLD_SIZE": str(here),
         "MASTER_ADDR": first_host(nodes),
     }
 

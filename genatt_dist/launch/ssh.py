@@ -40,7 +40,8 @@ def main() -> None:
         code = _watch(hosts, order, asked)
     finally:
         for host in hosts:
-            host.group.kill()
+            if host.code is None:  # the number of one that ended long ago may be another's
+                host.group.kill()
     sys.exit(code)
 
 

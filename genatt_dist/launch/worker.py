@@ -69,10 +69,12 @@ def main() -> None:
 
 def _stop_early(run: Path, resume: bool, reason: str) -> None:
     """Asked to stop before there is anything to save."""
+    rank = int(os.environ.get("RANK", "0"))
     steps = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/COMPLETE")]
     if steps or not resume:  # else they lie elsewhere, and there is no time to look
-        write_stopped(run, f"{reason} before training went on", max(steps, default=0), 0, max(steps, default=None))
-    if os.environ.get("RANK", "0") == "0":
+        newest = max(steps, default=None)
+        write_stopped(run, f"{reason} before training went on", newest or 0, 0, newest, rank)
+    if rank == 0:
         print(f"error: stopped by {reason} before training began", file=sys.stderr, flush=True)
     _leave(ResumableError.exit_code)
 

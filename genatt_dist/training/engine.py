@@ -41,6 +41,9 @@ def init_process_group(device: torch.device, seconds: float = _TIMEOUT_SECONDS) 
     Raises GenattError when they do not come.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # Our watchdog says which rank is lost and ends with 75; NCCL's own thread would abort the process before that.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     import deepspeed
     from deepspeed.utils import logger
 

@@ -69,7 +69,7 @@ class TrainingConfig(Section):
     collective_seconds: float = Field(
         600.0,
         ge=10,
-        description="A step, or one operation over all ranks, that takes longer hangs, and is named. Set-up and a batch "
-        "of validation have three times that, a checkpoint half an hour more.",
+        description="A step, or one operation over all ranks, that takes longer hangs, and is named. Set-up and a "
+        "batch of validation have three times that, a checkpoint half an hour more.",
     )
     seed: int = Field(0, ge=0)

@@ -27,6 +27,8 @@ OPERATIONS = (SET_UP, *UPDATE.values(), VALIDATION, CHECKPOINT, END)
 _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection timed out",
+    "No route to host",
     "Broken pipe",
     "remote process exited",
     "Timed out waiting",
@@ -120,7 +122,7 @@ def hanging(signs: Sequence[Sign], limits: Limits) -> str | None:
         return None
     worst = max(alive, key=lambda sign: sign.seconds)
     least = min(sign.place for sign in alive)
-    behind = [sign for sign in alive if sign.place == least]
+    behind = sorted((sign for sign in alive if sign.place == least), key=lambda sign: sign.rank)
     if len(behind) == len(alive) > 1:
         return (
             f"all ranks hang {worst.where}, for {worst.seconds:.0f} s: look at the network between the hosts, or raise "

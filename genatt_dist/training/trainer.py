@@ -32,6 +32,7 @@ from genatt_dist.evaluation.evaluate import Parts, Result, evaluate
 from genatt_dist.loss.objective import Candidature
 from genatt_dist.training import preemption
 from genatt_dist.training.checkpoint.progress import Progress
+from genatt_dist.training.checkpoint.read import Checkpoint
 from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.engine import Engine, init_process_group, select_device, sum_over_ranks
 from genatt_dist.training.mark import Mark
@@ -43,7 +44,7 @@ from genatt_dist.training.schedule import gamma_factor, rate_factor
 from genatt_dist.training.signs import CHECKPOINT, END, VALIDATION, Limits
 from genatt_dist.training.step import DenseModel, JointStep, Losses
 from genatt_dist.training.stopped import STOPPED, StoppedError, advice, write_stopped
-from genatt_dist.training.stopping import Agreement, control_group, newest_checkpoint
+from genatt_dist.training.stopping import Agreement, control_group
 from genatt_dist.training.telemetry import Telemetry, write_environment
 from genatt_dist.training.warnings import FailureSigns
 from genatt_dist.training.watchdog import Watchdog, watched
@@ -85,16 +86,25 @@ def train(
     training, device = config.training, select_device()
     limits = Limits.of(training.silence_seconds, training.collective_seconds, WRITE_SECONDS)
     init_process_group(device, limits.longest + 2 * limits.silence)
+    together = device.type == "cpu"
     try:
         rank, world_size, mark = dist.get_rank(), dist.get_world_size(), Mark()
         if rank == 0:
             (run / STOPPED).unlink(missing_ok=True)
+        if config.table.kind == "sharded":  # loading its kernels holds Python's lock: no sign of life meanwhile
+            import genatt_dist.embedding.sharded  # noqa: F401
         group, store = control_group(limits.longest + 2 * limits.silence), Store.of(run, training.checkpoint)
         watchdog = Watchdog(mark, run, store, limits, training.stop_seconds, rank, world_size)
         with preemption.serving(), watched(watchdog, group):
-            return Trainer(run, config, device, launcher, resume, feed, mark, group).run()
+            summary = Trainer(run, config, device, launcher, resume, feed, mark, group).run()
+        together = True
+        return summary
+    except StoppedError:
+        together = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if together:  # NCCL would wait, unwatched, for collectives that ranks elsewhere never join
+            dist.destroy_process_group()
 
 
 class _AbandonedError(Exception):
@@ -165,11 +175,20 @@ class Trainer:
         shared_rows = collisions(config.data.path, self._sequences.manifest) if self._rank == 0 else None
         self._notes = [str(shared_rows)] if shared_rows else []
         if resume:
-            found = resumed(store.newest(), config, self._sequences, self._engine, self._sharded)
+            found = resumed(self._newest(), config, self._sequences, self._engine, self._sharded)
             self._progress, self._saved_step = found.progress, found.progress.step
             self._notes += found.notes
         begun, left = self._progress.begun_step, config.training.epochs - self._progress.begun_epoch
         self._total_steps = begun + left * self.batches.num_batches // config.training.accumulation_steps
+
+    def _newest(self) -> Checkpoint:
+        """The newest complete checkpoint that rank 0 sees: a shared file system may show others an older one for some
+        seconds. Collective.
+        """
+        steps = [self._store.complete()[-1:] if self._rank == 0 else []]
+        if self._world_size > 1:
+            dist.broadcast_object_list(steps, 0, group=self._group)
+        return self._store.at(steps[0][0]) if steps[0] else self._store.newest()
 
     @property
     def _table(self) -> ItemTable:
@@ -208,8 +227,12 @@ class Trainer:
                     self._save()
                 elif self._is_due():
                     self._save()
-            self._mark.at(END)
             self._agreement.close()
+            self._mark.at(CHECKPOINT)  # the last one may be under way, and longer than another operation may last
+            self._saver.wait()
+            if self._group is not None:
+                dist.barrier(self._group)
+            self._mark.at(END)
             performance = self._performance.summary(sum_over_ranks)
             self._telemetry.finish(self._progress.step, performance)
         return self._summarise(performance)
@@ -228,19 +251,19 @@ class Trainer:
         self.set_training()
         part: list[Batch] = []
         self._trail, progress.pending = Trail(self._run, progress.pending), []
-        rate, since = rate_factor(training, max(0, progress.step - 1), self._total_steps), time.perf_counter()
+        rate = rate_factor(training, max(0, progress.step - 1), self._total_steps)
+        self._since = time.perf_counter()  # the first update began that the log has not told
         over = progress.batch == self.batches.num_batches  # a run that was stopped then, and only its end is left
         where = (progress.epoch, progress.batch, self._rank, self._world_size, self._device)
         batches = self._performance.timer.waiting(iter(()) if over else self._feed.iterate(*where))
 
         def log() -> None:
-            nonlocal since
             speed: dict[str, float] = {}
             if self._trail.num_updates:
-                seconds, speed = self._performance.interval(since)
+                seconds, speed = self._performance.interval(self._since)
                 progress.step_seconds += seconds
             self._log(rate, speed)
-            since = time.perf_counter()
+            self._since = time.perf_counter()
 
         mark.epoch, mark.step = progress.epoch, progress.step + 1
         mark.at(None)
@@ -268,7 +291,7 @@ class Trainer:
             if save:
                 self._save()
                 mark.at(None)
-                since = time.perf_counter()
+                self._since = time.perf_counter()
             mark.step = progress.step + 1
         mark.step = progress.step
         if len(self._trail):
@@ -342,7 +365,7 @@ class Trainer:
             f"{self._config.model.attention.type}: epoch {progress.epoch}/{self._config.training.epochs}  "
             f"valid {SELECTION} {metric:.4f}  recall@10 "
             f"{result.metrics['recall@10']:.4f}{'  best so far' if improved else ''}  "
-            f"[{progress.seconds:.0f} s, {progress.sequences / progress.step_seconds:,.0f} sequences/s]"
+            f"[{progress.seconds:.0f} s, {progress.sequences / max(progress.step_seconds, 1e-9):,.0f} sequences/s]"
         )
         for sign in self._signs.look({"step": progress.step, **record}, last):
             self._telemetry.warn(progress.step, sign)
@@ -361,16 +384,17 @@ class Trainer:
         inside = progress.batch < self.batches.num_batches
         if self._saved_step != progress.step and not (inside and self._config.data.feed == "ray"):
             progress.pending = self._trail.losses()
+            if self._trail.num_updates:
+                progress.step_seconds += time.perf_counter() - self._since
             self._save()
         self._saver.wait()
-        found: list[int | None] = [None]
+        newest = self._saved_step if self._saved_step >= 0 else None
         if self._rank == 0:
-            found = [newest_checkpoint(self._store)]
-            write_stopped(self._run, reason, progress.step, progress.epoch, found[0])
+            write_stopped(self._run, reason, progress.step, progress.epoch, newest)
         if self._group is not None:
-            dist.broadcast_object_list(found, 0, group=self._group)  # by then it is complete, for all ranks
+            dist.barrier(self._group)  # behind it the checkpoint is complete, and told, for all ranks
         raise StoppedError(
-            f"stopped by {reason} after step {progress.step} (epoch {progress.epoch + 1}); {advice(found[0])}"
+            f"stopped by {reason} after step {progress.step} (epoch {progress.epoch + 1}); {advice(newest)}"
         )
 
     def _is_due(self) -> bool:

@@ -39,7 +39,7 @@ from genatt_dist.training.stopping import newest_checkpoint
 
 _TICK_SECONDS = 0.2
 _LONGEST_INTERVAL = 2.0
-_LINGER_SECONDS = 2.0  # rank 0 serves so long after its own end, for others to read it
+_LINGER_SECONDS = 2 * _LONGEST_INTERVAL  # rank 0 serves so long after its own end, for others to read it
 _ROOT = "0"
 
 
@@ -87,14 +87,14 @@ class Watchdog:
         self._wake.set()
         deadline = time.monotonic() + self._limits.silence + 4 * self._interval
         while time.monotonic() < deadline:
-            if others := {rank: text for rank, text in self._endings.items() if rank != self._rank}:
+            if others := {rank: text for rank, text in dict(self._endings).items() if rank != self._rank}:
                 rank, text = next(iter(others.items()))
                 return _EndedError(f"rank {rank} ended ({text}) in step {step} or before")
             time.sleep(_TICK_SECONDS / 2)
         where = self._sign().where
         reason = f"a collective failed on rank {self._rank} {where}: {' '.join(str(error).split())[:200]}"
         checkpoint = newest_checkpoint(self._checkpoints)
-        write_stopped(self._run, reason, self._mark.done, self._mark.epoch, checkpoint)
+        write_stopped(self._run, reason, self._mark.done, self._mark.epoch, checkpoint, self._rank)
         return ResumableError(f"{reason}; {advice(checkpoint)}")
 
     def close(self, ended: str) -> None:
@@ -213,21 +213,23 @@ class Watchdog:
                 self._place, self._since = self._mark.now, now
             if now - looked > max(1.0, self._interval):  # this process was stopped itself, and heard nobody meanwhile
                 self._heard = {rank: (sign, when + now - looked) for rank, (sign, when) in self._heard.items()}
+                self._since = min(now, self._since + now - looked)  # nor did it work: schedulers suspend jobs for hours
             looked = now
+            if self._ended is not None:
+                continue
             request = preemption.requested()
             if request is not None and now - request.asked > self._stop_seconds:
                 self._give_up(
                     f"{request.reason}: no checkpoint was written within training.stop_seconds="
                     f"{self._stop_seconds:g}, this rank is {self._sign().where}"
                 )
-            if self._ended is not None:
-                continue
             if message := self._verdict or self._found(now):
                 self._give_up(message)
-            if any(rank != self._rank and text.startswith("error") for rank, text in list(self._endings.items())):
+            failed = [rank for rank, text in dict(self._endings).items() if text.startswith("error")]
+            if failed:
                 ended_since = ended_since or now
                 if now - ended_since > self._limits.silence:  # and the main thread still waits for it
-                    self._leave(f"rank {min(self._endings)} ended; it says why", code=1)
+                    self._leave(f"rank {min(failed)} ended; it says why", code=1)
 
     def _found(self, now: float) -> str | None:
         """What is wrong among the ranks that this one judges."""
@@ -250,7 +252,7 @@ class Watchdog:
         if self._rank != 0 and message == self._verdict:  # rank 0 has written it
             self._leave(message)
         checkpoint = newest_checkpoint(self._checkpoints)
-        write_stopped(self._run, message, self._mark.done, self._mark.epoch, checkpoint)
+        write_stopped(self._run, message, self._mark.done, self._mark.epoch, checkpoint, self._rank)
         message = f"{message}; {advice(checkpoint)}"
         if self._rank == 0 and self._world_size > 1:
             self._verdict = message
@@ -295,7 +297,7 @@ def watched(watchdog: Watchdog, group: dist.ProcessGroup | None) -> Iterator[Non
         ended = "stopped"
         raise
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        if group is None or not is_lost_peer(error):
             ended = _shown(error)
             raise
         failure = watchdog.failed(error)

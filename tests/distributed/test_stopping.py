@@ -25,6 +25,7 @@ from genatt_dist.data.windows import WINDOW_BITS
 from genatt_dist.training.checkpoint.progress import Progress
 from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.nonfinite import NONFINITE
+from genatt_dist.training.signs import CHECKPOINT, END
 from genatt_dist.training.stopped import STOPPED
 
 pytestmark = pytest.mark.distributed
@@ -217,6 +218,48 @@ def test_one_rank_stops_at_once_and_two_go_on(whole: tuple[RunConfig, Path], tmp
     ours, theirs = records(run), records(undisturbed)
     assert ours.keys() == theirs.keys()
     assert all(ours[key].get("loss") == pytest.approx(theirs[key].get("loss"), abs=1e-5) for key in ours)
+
+
+@pytest.mark.slow
+def test_stopped_before_the_first_record(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """An epoch shorter than an interval of the log: what it took is in the checkpoint, which its validation tells."""
+    config = make_config(*_COMMON[1:], "training.epochs=1", "training.batch_sequences=96")
+    run = fresh(tmp_path / "run", config)
+    steps = TrainingBatches.plan(Sequences.read(config.data.path), config.data, config.training).num_batches
+    assert steps < 9
+    facts = stopped(run, world_size=1, **{f"step_{steps}": (0, signal.SIGTERM)})
+    assert facts["checkpoint"] == steps
+    assert progress(run).step_seconds > 0
+    finish(run, world_size=1)
+    assert 0 < json.loads((run / runs.SUMMARY).read_text())["train"]["sequences_per_second"] < 1e6
+
+
+def ending(run: Path) -> list[str]:
+    """What a rank does one after the other; "sealed" is a checkpoint that took a while."""
+    from genatt_dist.training import mark, saving
+
+    told: list[str] = []
+    at, seal = mark.Mark.at, saving.seal
+
+    def marked(self: mark.Mark, operation: str | None) -> None:
+        told.append(operation or "")
+        at(self, operation)
+
+    def sealed(*of: Any) -> None:
+        time.sleep(0.5)
+        seal(*of)
+        told.append("sealed")
+
+    mark.Mark.at, saving.seal = marked, sealed  # type: ignore[method-assign]
+    assert train(run, False, {}) is None
+    return told
+
+
+def test_last_checkpoint_has_the_time_of_a_checkpoint(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Written in the background, it is waited for before the end, whose limit is a step's."""
+    run = fresh(tmp_path / "run", make_config(*_COMMON[1:], "training.epochs=1", "training.batch_sequences=96"))
+    ((*_, before, sealed, last),) = ranks.run(ending, 1, run)
+    assert (before, sealed, last) == (CHECKPOINT, "sealed", END)
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from data_pipeline.errors import GenattError, ResumableError
+from genatt_dist.launch import environment as environment_of_ranks
 from genatt_dist.launch import launchers, slurm
-from genatt_dist.launch.environment import travelling
+from genatt_dist.launch.environment import between_hosts, travelling
 from genatt_dist.launch.group import NOW, STOP, Group
 from genatt_dist.launch.hosts import Host, Hosts, endpoint, read_hostfile
 from genatt_dist.launch.meeting import Meeting, check_seen, mark
-from genatt_dist.launch.network import free_port, interface_towards, is_own
+from genatt_dist.launch.network import ELSEWHERE, free_port, interface_towards, is_own
 from genatt_dist.launch.places import Place, take
 from genatt_dist.launch.rank import place as place_of_rank
 from genatt_dist.training.options import TrainingConfig
@@ -128,6 +129,40 @@ def test_secrets_travel_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG\n")
     with pytest.raises(GenattError, match=r"\.deepspeed_env, line 1: not of the form KEY=VALUE"):
         travelling({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=x"),
+        ("FSSPEC_S3", '{"key": "a", "secret": "b"}'),
+        ("HTTPS_PROXY", "http://me:word@proxy:3128"),
+        ("MLFLOW_TRACKING_URI", "https://me:word@mlflow"),
+    ],
+)
+def test_a_secret_is_known_by_its_value_too(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert travelling({name: value}) == ({}, {name: value})
+
+
+def test_no_secret_is_left_where_deepspeed_puts_it_on_a_command_line(tmp_path: Path) -> None:
+    place = Place(Hosts(tmp_path / "hosts", "pdsh"), 1, "cpu", master="10.0.0.1", port=1)
+    environment = {"MLFLOW_TRACKING_PASSWORD": "hush", "AWS_SECRET_ACCESS_KEY": "hush", "PATH": "/bin"}
+    start = launchers.Start(place, ["run"], environment, TrainingConfig(), tmp_path)
+    command = launchers._over_shell(start)
+    assert "hush" not in " ".join(command) + (tmp_path / "environment").read_text()
+    assert "MLFLOW_TRACKING_PASSWORD" not in start.environment  # it exports what begins with MLFLOW
+    assert start.environment["AWS_SECRET_ACCESS_KEY"] == "hush"  # and this not
+
+
+@pytest.mark.parametrize(("master", "interface"), [("first", "eth7"), ("localhost", None), ("127.0.0.1", None)])
+def test_the_first_host_whose_name_is_its_loopback_is_reached_by_the_others(
+    master: str, interface: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment_of_ranks, "interface_towards", {ELSEWHERE: "eth7"}.get)
+    assert between_hosts({}, master).get("GLOO_SOCKET_IFNAME") == interface
 
 
 @pytest.mark.parametrize(
@@ -241,6 +276,11 @@ class TestHowALaunchEnds:
         with pytest.raises(ResumableError, match=r"stopped at step 7, epoch 1: SIGTERM; go on from the checkpoint of"):
             launched(f"(run / 'stopped.json').write_text({facts!r}); sys.exit(1)")
 
+    def test_ranks_that_could_not_say_so_can_go_on_too(self, launched: Callable[[str], None]) -> None:
+        """Stopped while a resumed run began, or rank 0's host was lost, or its word is not seen here yet."""
+        with pytest.raises(ResumableError, match="the same command again, with --resume where it has a checkpoint"):
+            launched("sys.exit(75)")
+
     def test_an_earlier_stop_is_not_this_one(self, launched: Callable[[str], None], tmp_path: Path) -> None:
         (tmp_path / STOPPED).write_text('{"reason": "earlier"}')
         with pytest.raises(GenattError, match="ended with exit code 3 under launcher=process"):
@@ -254,7 +294,7 @@ class TestHowALaunchEnds:
             launchers.launch(tmp_path, "deepspeed", TrainingConfig(), place)
 
     def test_a_signal_reaches_the_ranks_first(self, launched: Callable[[str], None], tmp_path: Path) -> None:
-        ranks = "import signal, time; signal.signal(15, lambda *_: sys.exit((run / 'asked').write_text('') + 75)); "
+        ranks = "import signal, time; signal.signal(15, lambda *_: sys.exit((run / 'asked').write_text('') + 3)); "
         timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):

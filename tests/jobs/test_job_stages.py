@@ -38,7 +38,7 @@ def _in_process() -> Any:
 def test_shards_of_the_same_configuration_are_made_once() -> None:
     wanted = config()
     assert prepare.already(wanted) is None
-    assert prepare.prepare(wanted) == prepare.already(wanted)
+    assert prepare.prepare(wanted, wanted.out) == prepare.already(wanted)
     assert "30 users, 20 items, 300 interactions" in str(prepare.already(wanted))
     with pytest.raises(GenattError, match="holds shards of another configuration: choose another place, or remove it"):
         prepare.already(wanted.model_copy(update={"seed": 1}))
@@ -50,10 +50,13 @@ def test_what_a_killed_attempt_left_is_cleared_and_nothing_else() -> None:
     wanted = config()
     write_bytes(f"{wanted.out}/_preparing-0123", b"")
     with pytest.raises(GenattError, match=r"another preparation writes there.*another prepare.out, or remove it"):
-        prepare.prepare(wanted)
+        prepare.prepare(wanted, "runs/a")
     assert read_if_there(f"{wanted.out}/_preparing-0123") == b""
-    write_bytes(f"{wanted.out}.preparing.json", b"{}")
-    assert "30 users" in prepare.prepare(wanted)
+    write_bytes(f"{wanted.out}.preparing.json", b'{"run": "runs/a"}')
+    with pytest.raises(GenattError, match="the job of run runs/a prepares there, or was ended in it"):
+        prepare.prepare(wanted, "runs/b")
+    assert read_if_there(f"{wanted.out}/_preparing-0123") == b""
+    assert "30 users" in prepare.prepare(wanted, "runs/a")
     assert read_if_there(f"{wanted.out}/_preparing-0123") is None
     assert read_if_there(f"{wanted.out}.preparing.json") is None
 

@@ -127,6 +127,9 @@ def test_of_two_submissions_at_once_the_second_follows_the_first(
     cluster.submit_job = submit_job
     assert sent(cluster, wanted, package) == submit.Submitted(name, attached=True)
     del cluster.jobs[name]
+    with pytest.raises(GenattError, match=f"has job {name} at work with another configuration"):
+        sent(cluster, job("train", "world_size=2"), package)
+    del cluster.jobs[name]
     cluster.submit_job = Cluster.submit_job.__get__(cluster)
     cluster.refuse = RuntimeError("disk is\nfull")
     with pytest.raises(GenattError, match=f"^cannot submit job {name}: disk is full$"):

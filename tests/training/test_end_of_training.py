@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class Idle(trainer.Trainer):
         self._dense = SimpleNamespace(backbone=None, items=object(), features=None)  # type: ignore
         self._sharded = self._sequences = None  # type: ignore
         self._progress, self._notes = Progress("hash"), []
-        self._saver = contextlib.nullcontext()  # type: ignore
+        self._saver, self._group = mock.MagicMock(), None
         self._mark, self._agreement = Mark(), Agreement(None)
         self._performance = Performance(torch.device("cpu"), torch.float32, 0, 1)
         self.saved: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipeline.errors import GenattError
 from genatt_dist import config as configuration
-from genatt_dist.training import heartbeat, preemption
+from genatt_dist.training import heartbeat, preemption, stopped
 from genatt_dist.training.stopped import STOPPED, advice, write_stopped
 
 _PROGRAM = """
@@ -122,10 +122,29 @@ def test_who_says_first_why_a_run_stopped_is_believed(tmp_path: Path) -> None:
     write_stopped(tmp_path, "rank 0 is lost", 6, 0, None)
     facts = json.loads((tmp_path / STOPPED).read_text())
     assert facts.pop("time") == pytest.approx(time.time(), abs=60)
-    assert facts == {"reason": "SIGTERM", "step": 7, "epoch": 0, "checkpoint": 7}
+    assert facts == {"reason": "SIGTERM", "step": 7, "epoch": 0, "checkpoint": 7, "rank": 0}
     write_stopped(tmp_path / "not there", "SIGTERM", 7, 0, 7)  # a host that does not see the directory
     assert "step 7" in advice(7)
     assert os.listdir(tmp_path) == [STOPPED]
+
+
+def test_rank_0_is_believed_where_ranks_see_different_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is cut: each side misses the other, whoever notices first."""
+    monkeypatch.setattr(stopped, "_ROOT_SECONDS", 0.2)
+    write_stopped(tmp_path, "rank 0 is lost", 6, 0, 5, rank=1)
+    assert json.loads((tmp_path / STOPPED).read_text())["reason"] == "rank 0 is lost"
+    write_stopped(tmp_path, "rank 1 is lost", 6, 0, 5)
+    write_stopped(tmp_path, "rank 0 is lost", 6, 0, 5, rank=2)
+    assert json.loads((tmp_path / STOPPED).read_text())["reason"] == "rank 1 is lost"
+    assert os.listdir(tmp_path) == [STOPPED]
+
+
+def test_rank_0_is_waited_for(tmp_path: Path) -> None:
+    speaks = threading.Timer(0.3, write_stopped, (tmp_path, "rank 1 is lost", 6, 0, 5))
+    speaks.start()
+    write_stopped(tmp_path, "rank 0 is lost", 6, 0, 5, rank=1)
+    speaks.join()
+    assert json.loads((tmp_path / STOPPED).read_text())["reason"] == "rank 1 is lost"
 
 
 def test_checkpoints_inside_an_epoch_need_the_loader() -> None:

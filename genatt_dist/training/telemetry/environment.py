@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import psutil
 import torch
 
+_SECRET = re.compile(r"(--redis-(?:username|password)=)\S*")  # which Ray puts on the command lines of its workers
+
 
 def write_environment(run: Path, device: torch.device) -> None:
     """environment.json: versions and hardware of this run. No variables of the environment: they may hold
     credentials.
     """
+    command = " ".join(Path(part).name if index == 0 else part for index, part in enumerate(sys.argv))
     packages = ("torch", "torchrec", "deepspeed", "ray", "pyarrow", "numpy", "genatt-dist")
     environment: dict[str, Any] = {
         "python": platform.python_version(),
@@ -27,6 +31,6 @@ def write_environment(run: Path, device: torch.device) -> None:
         "cpu_count": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "command": " ".join(Path(part).name if index == 0 else part for index, part in enumerate(sys.argv)),
+        "command": _SECRET.sub(r"\1***", command),
     }
     (run / "environment.json").write_text(json.dumps(environment, indent=2))
