@@ -113,6 +113,16 @@ class Live:
             last = max([last, *(json.loads(line)["step"] for line in lines if line.endswith("\n"))])
         return last
 
+    def job(self, run: str, process: subprocess.Popen[str]) -> str:
+        """The id of the run's job, as soon as the cluster has it."""
+        deadline = time.monotonic() + JOB_SECONDS
+        while True:
+            listed = json.loads(self.genatt("jobs", "list", "--json").stdout)
+            if found := [one["id"] for one in listed if one["run"] == self.url(run)]:
+                return found[0]
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+
     def wait_for_step(self, run: str, step: int, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + JOB_SECONDS
         while self.step(run) < step:

@@ -107,7 +107,7 @@ def test_a_second_submission_follows_the_job_and_a_stopped_one_goes_on(
     live: Live, largest_difference: Callable[[str], float]
 ) -> None:
     with live.submitting("stopped") as process:
-        live.wait_for_step("stopped", 10, process)
+        job = live.job("stopped", process)
         again = live.genatt(*live.submission("stopped"), "--timeout", 1)
         assert again.returncode == 130
         assert "is at work on this run already: following it" in again.stderr
@@ -115,9 +115,9 @@ def test_a_second_submission_follows_the_job_and_a_stopped_one_goes_on(
         other = live.genatt("submit", "evaluate", "--run", live.url("stopped"))
         assert other.returncode == 2
         assert "has job genatt-pipeline-stopped-" in other.stderr
-        listed = json.loads(live.genatt("jobs", "list", "--json").stdout)
-        stopped = live.genatt("jobs", "stop", listed[0]["id"], "--wait")
-        assert stopped.stdout == f"{listed[0]['id']}: STOPPED\n", stopped.stderr
+        live.wait_for_step("stopped", 10, process)
+        stopped = live.genatt("jobs", "stop", job, "--wait")
+        assert stopped.stdout == f"{job}: STOPPED\n", stopped.stderr
         said, _ = process.communicate(timeout=JOB_SECONDS)
         assert process.returncode == 75, said
         assert "was stopped and can go on: genatt submit pipeline" in said
