@@ -1,9 +1,13 @@
 """A tiny prepared data set and a tiny trained run, made once for all tests that only read them."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from tiny_data import histories, run_config, write_prepared
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background job; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
