@@ -375,7 +375,7 @@ def test_full_spill_directory(tmp_path: Path):
 @pytest.mark.parametrize(
     ("stage", "sign", "group"),
     [
-        ("read_block", signal.SIGTERM, False),
+        pytest.param("read_block", signal.SIGTERM, False, marks=pytest.mark.exhaustive),
         ("order", signal.SIGINT, True),
         pytest.param("write", signal.SIGINT, False, marks=pytest.mark.exhaustive),
         pytest.param("write", signal.SIGTERM, False, marks=pytest.mark.exhaustive),

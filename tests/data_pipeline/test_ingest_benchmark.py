@@ -226,7 +226,7 @@ def test_server_counts_what_the_script_reads(tmp_path: Path) -> None:
     assert difference(tmp_path / "local", tmp_path / "remote") is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.s3
 @pytest.mark.ray
 def test_benchmark_runs_from_end_to_end(tmp_path: Path) -> None:

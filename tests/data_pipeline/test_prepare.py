@@ -128,7 +128,7 @@ def test_same_bytes_whatever_the_blocks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive), 4])
+@pytest.mark.parametrize("workers", [*(pytest.param(count, marks=pytest.mark.exhaustive) for count in (1, 2)), 4])
 def test_same_bytes_whatever_the_workers(
     workers: int, days: Path, options: Options, tmp_path: Path, local_cluster: None
 ):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import losses
+from recorded import losses, train_rank
 from tiny_data import histories, run_config, write_prepared
 
 from data_pipeline.local_ray import local_ray
@@ -49,13 +49,7 @@ def reference(make: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathF
     import ranks
 
     run = tmp_path_factory.mktemp("reference")
-    ranks.run(_train, 2, make(), run, seconds=120)
+    ranks.run(train_rank, 2, make(), run, seconds=120)
     found = losses(run)
     assert len(found) == max(found) == 36
     return found
-
-
-def _train(config: RunConfig, run: Path) -> None:
-    from genatt_dist.training.trainer import train
-
-    train(config, run, "torchrun")

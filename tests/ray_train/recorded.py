@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from genatt_dist.config import RunConfig
+
 
 def losses(run: Path) -> dict[int, float]:
     """The last record of each step of a run, which may be under way."""
@@ -36,3 +38,10 @@ def once_at(run: Path, step: int, do: Callable[[], None]) -> Iterator[None]:
         end.set()
         thread.join()
     assert done, f"the run ended before step {step}"
+
+
+def train_rank(config: RunConfig, run: Path) -> None:
+    """The training function in a process that no launcher started; here, because processes find it by its module."""
+    from genatt_dist.training.trainer import train
+
+    train(config, run, "torchrun")

@@ -29,7 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.exhaustive  # a Ray of its own settings, which no other test may have started before
 def test_the_node_exports_the_loss_of_a_worker(node: dict[str, Any], tmp_path: Path) -> None:
     import ray
 
