@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_jobs import JOB_SECONDS, KEYS, LAST_STEP, UNDISTURBED, Live
+from live_jobs import JOB_SECONDS, LAST_STEP, UNDISTURBED, Live
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -140,17 +140,3 @@ def test_after_the_heads_death_a_resubmission_resumes(live: Live, largest_differ
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "prepare: skipped: " in ended.stdout
     assert largest_difference("headless") <= TOLERANCE
-
-
-@pytest.mark.exhaustive
-def test_a_benchmark_measures_on_the_cluster(live: Live, tmp_path: Path) -> None:
-    """Its ranks are Ray's workers, placed by the benchmark that runs inside the job."""
-    options = {"launcher": "ray", "quick": True, "ranks": "1,2", "items": "1000", "steps": "4", "batch": 8, "rounds": 1}
-    config = tmp_path / "benchmark.yaml"
-    config.write_text(json.dumps({"name": "scaling", "out": "scaling.json", "options": options, "cpus": 0}))
-    passed = [word for name in KEYS for word in ("--env", name)]
-    ended = live.genatt("submit", "benchmark", config, "--run", live.url("benchmark"), *passed)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    rows = json.loads(live.read("benchmark", "scaling.json"))["rows"]
-    assert {row["status"] for row in rows} == {"ok"}, rows
-    assert {row["ranks"] for row in rows} == {1, 2}
