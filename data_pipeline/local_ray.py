@@ -3,7 +3,6 @@
 import logging
 import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryErro
 
 from data_pipeline.errors import GenattError
 from data_pipeline.ray_head import RayHead
+from data_pipeline.signals import own_sigterm
 from data_pipeline.storage import check_access, one_line
 
 # Read by the processes Ray starts. One Polars thread a task: Ray runs as many tasks as there are CPUs.
@@ -141,17 +141,14 @@ def _start(num_cpus: int | None, object_store_bytes: int | None) -> RayHead | No
         head = RayHead(own, os.environ | ENVIRONMENT)
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
-    terminated = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=head.address if head else cluster,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": ENVIRONMENT} if cluster else None,
-        )
-        # Ray puts a handler of its own in its place, where it may: in the main thread.
-        if callable(terminated) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminated)
+        with own_sigterm():
+            ray.init(
+                address=head.address if head else cluster,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": ENVIRONMENT} if cluster else None,
+            )
     except BaseException as error:
         if head:
             head.end()

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import ray
 
 from data_pipeline.errors import GenattError
 from data_pipeline.redaction import redact
 from data_pipeline.storage import check_access, write_bytes
+from genatt_dist.launch.group import Group
 from jobs import driver, options
 from jobs.node import on_node
 from jobs.options import OUT, BenchmarkJob
@@ -54,16 +55,19 @@ def _measure(job: BenchmarkJob, run: str) -> list[str]:
     """
     with tempfile.TemporaryDirectory(prefix="genatt-bench-") as directory:
         words = [word.replace(OUT, directory) for word in ("--out", f"{OUT}/{job.out}", *job.arguments())]
-        ended = subprocess.run(
-            [sys.executable, "-m", "genatt_dist.cli", "bench", job.name, *words],
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},  # for ranks on other nodes
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        sys.stderr.write(ended.stderr)
-        if ended.returncode:
-            said = (ended.stderr.strip().splitlines() or ["nothing"])[-1][-_SAID_CHARS:]
-            raise GenattError(f"genatt bench {job.name} ended with exit code {ended.returncode}: {said}")
+        command = [sys.executable, "-m", "genatt_dist.cli", "bench", job.name, *words]
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # for ranks on other nodes
+        group, said = Group(command, environment, stderr=subprocess.PIPE), "nothing"
+        try:
+            for line in cast(IO[bytes], group.process.stderr):
+                text = line.decode(errors="replace")
+                sys.stderr.write(text)
+                said = text.strip() or said
+            code = group.process.wait()
+        finally:
+            group.kill()
+        if code:
+            raise GenattError(f"genatt bench {job.name} ended with exit code {code}: {said[-_SAID_CHARS:]}")
         files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
         names = [path.relative_to(directory).as_posix() for path in files]
         for name, path in zip(names, files, strict=True):

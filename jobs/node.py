@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from data_pipeline.errors import GenattError
 from data_pipeline.redaction import one_line
+from data_pipeline.signals import own_sigterm
 from jobs.driver import say
 from jobs.options import OnNode
 
@@ -25,7 +26,8 @@ def on_node(what: str, place: OnNode, work: Callable[..., Any], *arguments: Any)
     A task whose worker is lost is done again: it must not mind. Raises GenattError: the one the task raised, one about
     the worker, or the time limit, waiting for a node included.
     """
-    ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # RAY_ADDRESS, or a Ray of this machine
+    with own_sigterm():
+        ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # RAY_ADDRESS, or a Ray of this machine
     cpus, gpus, limit_seconds = place.cpus, place.gpus, place.limit_seconds
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0

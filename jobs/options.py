@@ -25,7 +25,7 @@ KINDS = ("prepare", "train", "evaluate", "benchmark", "pipeline")
 class OnNode(Section):
     """What is done on one node."""
 
-    cpus: float = Field(1.0, gt=0, description="CPUs that it reserves on a node.")
+    cpus: float = Field(1.0, ge=0, description="CPUs that it reserves on a node.")
     gpus: float | None = Field(None, ge=0, description="GPUs it reserves; default: 1 where the cluster has one.")
     limit_seconds: float = Field(6 * 3600.0, gt=0, description="Time limit, waiting for a node included.")
 
@@ -62,6 +62,14 @@ class BenchmarkJob(OnNode):
         description=f"Options of the verb: {{quick: true, ranks: '1,2', select: [a=b]}}; {OUT} in one is a directory "
         "whose files go to --run.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranks_reserve(cls, tree: Any) -> Any:
+        """Ranks that Ray starts reserve what they use; what only waits for them takes no room of theirs."""
+        options = tree.get("options") if isinstance(tree, Mapping) else None
+        waits = isinstance(options, Mapping) and options.get("launcher") == "ray"
+        return {"cpus": 0.0, "gpus": 0.0, **tree} if waits else tree
 
     def arguments(self) -> list[str]:
         """The options as the command line has them."""

@@ -99,7 +99,7 @@ def submit(client: api.Client, job: Job, package: packaging.Package, tell: Calla
     Raises GenattError: another kind of job, or another configuration, is at work on the run; too large a package; what
     Ray refuses.
     """
-    before = [one for one in api.jobs(client) if f"-{_hash(job.run)}-" in str(one.submission_id)]
+    before = _of_run(client, job)
     if (working := _working(before, job)) is not None:
         return Submitted(str(working.submission_id), attached=True)
     package.check()
@@ -122,12 +122,32 @@ def submit(client: api.Client, job: Job, package: packaging.Package, tell: Calla
                 _working([one for one in now if one.submission_id == job_id], job)  # of this configuration, or raises
                 return Submitted(job_id, attached=True)
             raise
+    _give_way(client, job, job_id)
     return Submitted(job_id, attached=False)
 
 
 def resubmission(words: Sequence[str]) -> str:
     """The command that was typed, to be typed again."""
     return f"genatt {shlex.join(map(redact, words))}"
+
+
+def _of_run(client: api.Client, job: Job) -> list[JobDetails]:
+    """The jobs of any kind for its run."""
+    return [one for one in api.jobs(client) if f"-{_hash(job.run)}-" in str(one.submission_id)]
+
+
+def _give_way(client: api.Client, job: Job, job_id: str) -> None:
+    """Take the job back where another kind of job for its run came first, by the head's clock: neither saw the other
+    before. Raises GenattError then.
+    """
+    began = {str(one.submission_id): (one.start_time or 0, one) for one in _of_run(client, job)}
+    mine = began.get(job_id, (0, None))[0], job_id
+    earlier = [one for name, (since, one) in began.items() if (since, name) < mine]
+    try:
+        _working(earlier, job)
+    except GenattError:
+        api.stop(client, job_id, None)
+        raise
 
 
 def _working(before: Sequence[JobDetails], job: Job) -> JobDetails | None:

@@ -104,6 +104,9 @@ class ScalingConfig(Section):
     width: int = Field(64, ge=1)
     select: tuple[str, ...] = Field((), description="field=value[,value] of cells: only these.")
     launcher: Literal["torchrun", "deepspeed", "ray"] = "torchrun"
+    start_seconds: float = Field(
+        300.0, gt=0, description="Until launcher=ray has room for the ranks, nodes that are on their way up included."
+    )
     rounds: int = Field(5, ge=1, description="Turns of every row.")
     warmup: int = Field(3, ge=1, description="Steps before the first turn.")
     turn_seconds: float = Field(0.3, gt=0, description="A turn is as many steps as fit, at least one.")

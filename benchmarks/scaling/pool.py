@@ -43,9 +43,12 @@ class RowError(Exception):
 class Pool:
     """The workers, one a rank. A context: leaving it ends them and all rows."""
 
-    def __init__(self, launcher: str, ranks: int, limit: float) -> None:
-        """limit: seconds that a row may take to answer. Raises GenattError where the workers do not come."""
-        self.ranks, self._limit = ranks, limit
+    def __init__(self, launcher: str, ranks: int, limit: float, room_seconds: float = 300.0) -> None:
+        """limit: seconds that a row may take to answer. room_seconds: until Ray has room for the workers.
+
+        Raises GenattError where the workers do not come.
+        """
+        self.ranks, self._limit, self._room_seconds = ranks, limit, room_seconds
         self._stack = contextlib.ExitStack()
         self._calls: dict[tuple[str, int], Channel] = {}
         self._hosts: dict[int, str] = {}
@@ -150,7 +153,7 @@ class Pool:
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         if launcher == "ray":
-            self._stack.enter_context(ray_workers.start(_WORKER, self.ranks, own))
+            self._stack.enter_context(ray_workers.start(_WORKER, self.ranks, own, self._room_seconds))
             running = None
         else:
             environment = worker_environment(dict(os.environ) | own, self.ranks) | own

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import GenattError
+from data_pipeline.signals import own_sigterm
 
 _ROOT = Path(__file__).parents[2]
-_READY_SECONDS, _ANSWER_SECONDS = 300.0, 60.0
+_ANSWER_SECONDS = 60.0
+_LINE_SECONDS = 10.0
 
 
 class _Place:
@@ -61,7 +64,10 @@ def connected() -> Iterator[str]:
             # Nodes that did not start this program get its packages.
             packages = [str(_ROOT / name) for name in ("benchmarks", "data_pipeline", "genatt_dist")]
             environment = {"py_modules": packages, "excludes": ["results", "*.png"]}
-            ray.init(address="auto", runtime_env=environment, log_to_driver=bool(os.environ.get("BENCHMARK_STDERR")))
+            with own_sigterm():
+                ray.init(
+                    address="auto", runtime_env=environment, log_to_driver=bool(os.environ.get("BENCHMARK_STDERR"))
+                )
         except ConnectionError:
             raise GenattError(
                 "launcher=ray: no Ray runs here: submit the benchmark as a job (`genatt submit benchmark`), or set "
@@ -75,10 +81,10 @@ def connected() -> Iterator[str]:
 
 
 @contextmanager
-def start(module: str, ranks: int, environment: dict[str, str]) -> Iterator[None]:
+def start(module: str, ranks: int, environment: dict[str, str], seconds: float) -> Iterator[None]:
     """`ranks` processes of `module` with a launcher's variables, inside the Ray that this process is connected to.
 
-    Raises GenattError where Ray has no room for them.
+    Raises GenattError where Ray has no room for them within so many seconds.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -88,16 +94,12 @@ def start(module: str, ranks: int, environment: dict[str, str]) -> Iterator[None
     group = placement_group([{"CPU": 1, **({"GPU": 1} if gpus else {})}] * ranks, strategy="PACK")
     places: list[Any] = []
     try:
-        if not group.wait(_READY_SECONDS):
-            raise GenattError(
-                f"Ray has no room for {ranks} ranks of 1 CPU{' and 1 GPU' if gpus else ''}: end other jobs, or give "
-                "fewer --ranks"
-            )
+        _wait_for_room(group, ranks, gpus, seconds)
         for rank in range(ranks):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": where}
             places.append(ray.remote(_Place).options(**options).remote())
-        addresses = ray.get([place.address.remote() for place in places], timeout=_READY_SECONDS)
+        addresses = ray.get([place.address.remote() for place in places], timeout=_ANSWER_SECONDS)
         nodes = [address for address, _ in addresses]
         master, port = addresses[0]
         for rank, place in enumerate(places):
@@ -119,3 +121,24 @@ def start(module: str, ranks: int, environment: dict[str, str]) -> Iterator[None
         for place in places:
             ray.kill(place)
         remove_placement_group(group)
+
+
+def _wait_for_room(group: Any, ranks: int, gpus: int, seconds: float) -> None:
+    """Until Ray has reserved the bundles; a line now and then says what it waits for."""
+    wanted = f"{ranks} ranks of 1 CPU{' and 1 GPU' if gpus else ''} each"
+    deadline = time.monotonic() + seconds
+    while not group.wait(max(0.0, min(_LINE_SECONDS, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            raise GenattError(
+                f"Ray had no room for {wanted} in {seconds:.0f} s; the cluster has {_free()} free: end other jobs, add "
+                "nodes, give fewer --ranks, or raise --start-seconds"
+            )
+        print(f"waiting for room for {wanted}; the cluster has {_free()} free", file=sys.stderr, flush=True)
+
+
+def _free() -> str:
+    """What all nodes together have left."""
+    import ray
+
+    left = ray.available_resources()
+    return ", ".join(f"{left.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or name in left)

@@ -46,11 +46,12 @@ def run(config: ScalingConfig, out: Path, trace: Path | None, console: Console) 
         "rows": [],
     }
     write(result, out)
+    total = sum(len(config.rows(cell)) for cell in cells)
     bar = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=console) as progress:
-        task = progress.add_task("starting workers", total=sum(len(config.rows(cell)) for cell in cells))
+    with Progress(*bar, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting workers", total=total)
         try:
-            pool = Pool(config.launcher, max(config.ranks), config.row_seconds)
+            pool = Pool(config.launcher, max(config.ranks), config.row_seconds, config.start_seconds)
         except RowError as error:
             raise GenattError(error.note) from None
         with pool:
@@ -66,6 +67,8 @@ def run(config: ScalingConfig, out: Path, trace: Path | None, console: Console) 
                 result["rows"] += rows
                 progress.advance(task, len(rows))
                 write(result, out)
+                if not console.is_terminal:  # a job's log has no bar
+                    console.print(f"{progress.tasks[task].completed:.0f} of {total} rows: {cell.label}", soft_wrap=True)
     return finish(result, config, out, console)
 
 

@@ -74,6 +74,9 @@ def bench_scaling(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a rank; default 64.")] = None,
     launcher: Annotated[str, typer.Option(help="torchrun, deepspeed, or ray (inside a Ray job).")] = "",
+    start_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Until launcher=ray has room for the ranks; default 300.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every row; default 5.")] = None,
     turn_seconds: Annotated[float | None, typer.Option(min=0.01, help="Length of a turn; default 0.3.")] = None,
     row_seconds: Annotated[float | None, typer.Option(min=1, help="A row's time limit; default 120.")] = None,
@@ -91,6 +94,7 @@ def bench_scaling(
     words |= {"tables": tables, "mode": mode, "launcher": launcher}
     others: dict[str, object] = {
         "batch": batch,
+        "start_seconds": start_seconds,
         "rounds": rounds,
         "turn_seconds": turn_seconds,
         "row_seconds": row_seconds,

@@ -23,9 +23,20 @@ STOP, NOW = 1, 2  # what `asked` says: end in order, end at once
 class Group:
     """A program in a process group of its own. Where this process is killed outright, the kernel sends it SIGTERM."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], stdin: IO[bytes] | int | None = None):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        stdin: IO[bytes] | int | None = None,
+        stderr: int | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            command, env=dict(environment), stdin=stdin, start_new_session=True, preexec_fn=_ends_with_parent()
+            command,
+            env=dict(environment),
+            stdin=stdin,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=_ends_with_parent(),
         )
         self._over = False
         self._apart: list[psutil.Process] = []  # descendants in sessions of their own, as torchrun's

@@ -90,9 +90,13 @@ class Live:
 
     def submission(self, run: str) -> list[str]:
         """All runs share the shards of the first one."""
-        passed = [word for name in KEYS for word in ("--env", name)]
         shards = f"prepare.out={self.url(UNDISTURBED)}-shards"
-        return ["submit", "pipeline", str(self.pipeline), shards, "--run", self.url(run), *passed]
+        return ["submit", "pipeline", str(self.pipeline), shards, "--run", self.url(run), *self.passed]
+
+    @property
+    def passed(self) -> list[str]:
+        """Options that give a job the credentials."""
+        return [word for name in KEYS for word in ("--env", name)]
 
     def url(self, run: str) -> str:
         return f"s3://{BUCKET}/runs/{run}"

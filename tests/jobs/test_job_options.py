@@ -86,6 +86,9 @@ def test_options_of_a_benchmark_are_those_of_its_verb() -> None:
         load("name=steps", "options={quick: true, select: [a=b, c=d]}", kind="benchmark", path=None)
     )
     assert job.arguments() == ["--quick", "--select", "a=b", "--select", "c=d"]
+    assert (job.cpus, job.gpus) == (1.0, None)
+    ray = options.of_benchmark(load("name=scaling", "options={launcher: ray}", kind="benchmark", path=None))
+    assert (ray.cpus, ray.gpus) == (0.0, 0.0)  # its ranks reserve what they need
     config = checkout() / "configs" / "pipeline.yaml"
     with pytest.raises(GenattError, match=r"unknown key prepare: known: .*name"):
         submit.job_of("benchmark", config, [], RUN)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,28 @@ def test_of_two_submissions_at_once_the_second_follows_the_first(
     cluster.refuse = RuntimeError("disk is\nfull")
     with pytest.raises(GenattError, match=f"^cannot submit job {name}: disk is full$"):
         sent(cluster, wanted, package)
+
+
+def test_of_two_kinds_at_once_the_later_gives_way(
+    cluster: Any, job: Callable[..., submit.Job], package: packaging.Package
+) -> None:
+    evaluation, training = job("evaluate"), job()
+    name = f"{evaluation.name}-1"
+
+    def submit_job(start_time: int, **rest: Any) -> str:
+        cluster.jobs[name] = {"status": "RUNNING", "metadata": evaluation.metadata, "start_time": 1000}
+        job_id = Cluster.submit_job(cluster, **rest)
+        cluster.jobs[job_id]["start_time"] = start_time
+        return job_id
+
+    cluster.submit_job = partial(submit_job, 1001)
+    with pytest.raises(GenattError, match=f"has job {name} at work: wait for its end"):
+        sent(cluster, training, package)
+    assert cluster.jobs[f"{training.name}-1"]["status"] == "STOPPED"
+    assert cluster.jobs.pop(name)["status"] == "RUNNING"
+    cluster.submit_job = partial(submit_job, 999)
+    first = sent(cluster, training, package)
+    assert cluster.jobs[first.id]["status"] == "PENDING"
 
 
 def test_secrets_are_in_the_environment_alone(

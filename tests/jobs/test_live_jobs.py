@@ -129,6 +129,20 @@ def test_a_second_submission_follows_the_job_and_a_stopped_one_goes_on(
 
 
 @pytest.mark.exhaustive
+def test_a_benchmark_has_its_ranks_on_both_nodes(live: Live) -> None:
+    """A node has one CPU, and a rank takes one. BENCHMARK_RESULTS=FILE keeps the rows."""
+    ended = live.genatt("submit", "benchmark", "configs/benchmark.yaml", "--run", live.url("scaling"), *live.passed)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"{live.url('scaling')} has scaling.json, scaling_breakdown.png" in ended.stdout
+    text = live.read("scaling", "scaling.json")
+    if path := os.environ.get("BENCHMARK_RESULTS"):
+        Path(path).write_text(text)
+    result = json.loads(text)
+    assert {row["ranks"] for row in result["rows"]} == {1, 2}
+    assert {row["status"] for row in result["rows"]} == {"ok"}
+
+
+@pytest.mark.exhaustive
 def test_after_the_heads_death_a_resubmission_resumes(live: Live, largest_difference: Callable[[str], float]) -> None:
     with live.submitting("headless") as process:
         live.wait_for_step("headless", 30, process)
