@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.scaling import grid as scaling
 from data_pipeline.errors import GenattError
 from jobs import driver, options, submit
 from jobs.packaging import checkout
@@ -89,7 +90,11 @@ def test_options_of_a_benchmark_are_those_of_its_verb() -> None:
     assert (job.cpus, job.gpus) == (1.0, None)
     ray = options.of_benchmark(load("name=scaling", "options={launcher: ray}", kind="benchmark", path=None))
     assert (ray.cpus, ray.gpus) == (0.0, 0.0)  # its ranks reserve what they need
-    config = checkout() / "configs" / "pipeline.yaml"
+    configs = checkout() / "configs"
+    ready = submit.job_of("benchmark", configs / "benchmark.yaml", [], RUN)
+    assert ready.config["cpus"] == 0.0
+    assert scaling.read(checkout() / ready.config["options"]["config"], {}).ranks == (1, 2)
+    config = configs / "pipeline.yaml"
     with pytest.raises(GenattError, match=r"unknown key prepare: known: .*name"):
         submit.job_of("benchmark", config, [], RUN)
 
