@@ -53,7 +53,7 @@ def measure(pipe: Connection, shards: str, config: str, overrides: list[str], ro
     init_process_group(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Path(folder), resolved, device, "process", resume=False)
-        trainer.set_training()
+        trainer.learner.set_training()
         for number in range(rounds):
             row: dict[str, Any] = {"round": number}
             for what in ("trainer", "loader"):  # first the one that may have to wait

@@ -299,7 +299,7 @@ def _rank(case: Case, steps: int) -> dict[str, float]:
     from genatt_dist.model.jagged import Jagged
     from genatt_dist.training.engine import Engine, init_process_group, sum_over_ranks
     from genatt_dist.training.step import DenseModel, JointStep
-    from genatt_dist.training.trainer import Trainer  # noqa: F401  what a worker has loaded
+    from genatt_dist.training.train import train  # noqa: F401  what a worker has loaded
 
     config, device = case.config, torch.device("cpu")
     init_process_group(device)

@@ -39,7 +39,7 @@ def ours(pipe: Connection, shards: str, config: str, overrides: list[str]) -> No
     init_process_group(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Path(folder), resolved, device, "process", resume=False)
-        trainer.set_training()
+        trainer.learner.set_training()
         for epoch in iter(pipe.recv, None):
             sequences, tokens, started = 0, 0, time.perf_counter()
             for batch in trainer.batches.iterate(epoch, 0, 0, 1, device):

@@ -23,8 +23,10 @@ from benchmarks.steps.grid import Variant
 from data_pipeline.format import Manifest
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import POOL_BATCHES, Batch, Histories, TrainingBatches
+from genatt_dist.data.batches import Batch, TrainingBatches
+from genatt_dist.data.histories import Histories
 from genatt_dist.data.sequences import Sequences
+from genatt_dist.data.shuffle import POOL_BATCHES
 from genatt_dist.embedding.table import ReplicatedTable
 from genatt_dist.evaluation.evaluate import encode, query
 from genatt_dist.loss.objective import Candidature

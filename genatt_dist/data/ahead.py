@@ -12,6 +12,7 @@ from data_pipeline.errors import GenattError
 
 T = TypeVar("T")
 
+BATCHES_AHEAD = 4  # batches of training, or of an evaluation, put together before they are asked for
 LIMIT_SECONDS = 900.0  # beyond all retries and time limits of a read: something hangs that has none
 _LOOK_SECONDS = 0.2  # how soon a thread that waits for room sees that nobody reads any more
 

@@ -27,20 +27,14 @@ import torch.distributed as dist
 
 from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import Purpose, derive
-from genatt_dist.data.ahead import ahead
+from genatt_dist.data.ahead import BATCHES_AHEAD, ahead
 from genatt_dist.data.arrays import Events, Ints, timed
-from genatt_dist.data.batches import (
-    BATCHES_AHEAD,
-    POOL_BATCHES,
-    Batch,
-    Part,
-    TrainingBatches,
-    batches_of,
-)
+from genatt_dist.data.batches import Batch, Part, TrainingBatches
 from genatt_dist.data.context import seconds
 from genatt_dist.data.ray_dataset import schema
 from genatt_dist.data.row_groups import flat
 from genatt_dist.data.sequences import gather
+from genatt_dist.data.shuffle import POOL_BATCHES, batches_of
 from genatt_dist.data.windows import Windows
 
 if TYPE_CHECKING:

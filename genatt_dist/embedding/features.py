@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from genatt_dist.config import RunConfig, TableConfig
-from genatt_dist.data.batches import Histories, Read
+from genatt_dist.data.device import Read
+from genatt_dist.data.histories import Histories
 from genatt_dist.embedding.feature_options import Feature
 from genatt_dist.embedding.ranking import Query, Ranking
 from genatt_dist.embedding.table import ITEM_TABLE, ItemTable, TableSpec, initial_rows, table_seed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import evaluation_batches
+from genatt_dist.data.histories import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.features import input_rows
 from genatt_dist.embedding.table import ItemTable

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.errors import GenattError
 from genatt_dist.attention.noise import NoiseKey, Purpose, derive
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import Histories, evaluation_batches
+from genatt_dist.data.histories import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.features import input_rows
 from genatt_dist.embedding.ranking import Query

@@ -21,7 +21,7 @@ from data_pipeline import format as shards
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.attention.noise import derive
 from genatt_dist.data.arrays import Ints, items_of
-from genatt_dist.data.batches import Histories
+from genatt_dist.data.histories import Histories
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.features import input_rows
 from genatt_dist.evaluation.evaluate import sampling_context

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import evaluation_batches
+from genatt_dist.data.histories import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.table import rank_rows
 from genatt_dist.evaluation.categories import categories_of

@@ -1,6 +1,6 @@
 """What Ray Train runs in each of its workers: one rank of a run, as the other launchers' worker is.
 
-Ray has set the variables of a launcher and made the process group before; `trainer.train` ends the group. A rank may be
+Ray has set the variables of a launcher and made the process group before; `train` ends the group. A rank may be
 on a node that sees neither the driver's directories nor its files, so the configuration comes in memory.
 """
 
@@ -79,7 +79,7 @@ def rank_loop(arguments: dict[str, Any]) -> None:
 def _train(task: Task, config: RunConfig, rank: int, place: str, stack: ExitStack) -> None:
     from genatt_dist.launch.worker import quiet
     from genatt_dist.training.checkpoint.store import Store
-    from genatt_dist.training.trainer import train
+    from genatt_dist.training.train import train
 
     quiet()
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train has set it to INFO, also for the libraries

@@ -43,7 +43,7 @@ def main() -> None:
     end_with_launcher()
     quiet()
     from genatt_dist import config as configuration
-    from genatt_dist.training.trainer import train
+    from genatt_dist.training.train import train
 
     rank = os.environ.get("RANK", "0")
     told = "error" if rank == "0" else f"error (rank {rank})"

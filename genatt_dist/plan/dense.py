@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from genatt_dist.attention.noise import NoiseKey
 from genatt_dist.config import DiffusionAttention, RunConfig, VariationalAttention
-from genatt_dist.data.batches import Batch, Read
+from genatt_dist.data.batches import Batch
+from genatt_dist.data.device import Read
 from genatt_dist.embedding.features import mean_rows
 from genatt_dist.loss import objective, sampled
 from genatt_dist.loss.full import default_chunk, full_loss, full_nll

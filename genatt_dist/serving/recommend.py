@@ -17,8 +17,8 @@ from data_pipeline import format as shards
 from data_pipeline.errors import GenattError
 from data_pipeline.hashing import hash64
 from genatt_dist.data.arrays import Events, Ints, timed
-from genatt_dist.data.batches import Histories
 from genatt_dist.data.context import seconds_of_column
+from genatt_dist.data.histories import Histories
 from genatt_dist.embedding.features import input_rows
 from genatt_dist.embedding.ranking import Query
 from genatt_dist.evaluation.categories import need_categories

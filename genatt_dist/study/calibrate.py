@@ -21,7 +21,7 @@ from torch import Tensor
 from data_pipeline.errors import GenattError
 from genatt_dist.attention.attend import attention_map
 from genatt_dist.config import RunConfig
-from genatt_dist.data.batches import evaluation_batches
+from genatt_dist.data.histories import evaluation_batches
 from genatt_dist.embedding.features import input_rows
 from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.model import diagnostics

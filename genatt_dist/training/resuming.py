@@ -27,6 +27,7 @@ from genatt_dist.training.checkpoint import tensors
 from genatt_dist.training.checkpoint.lineage import has_grown
 from genatt_dist.training.checkpoint.progress import Progress
 from genatt_dist.training.checkpoint.read import Checkpoint
+from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.checkpoint.tables import dense_name, table_name, whole_table
 from genatt_dist.training.engine import Engine
 
@@ -42,6 +43,16 @@ class Resumed:
 
     progress: Progress
     notes: list[str]
+
+
+def newest(store: Store, group: dist.ProcessGroup | None) -> Checkpoint:
+    """The newest complete checkpoint that rank 0 sees: a shared file system may show others an older one for some
+    seconds. Collective. group: for what is not training; None: the one they train in.
+    """
+    steps = [store.complete()[-1:] if dist.get_rank() == 0 else []]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(steps, 0, group=group)
+    return store.at(steps[0][0]) if steps[0] else store.newest()
 
 
 def resume(

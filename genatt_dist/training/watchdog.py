@@ -2,11 +2,9 @@
 
 The main thread marks what it does by an assignment (`Mark`); how long it has been there, others find by looking. Beside
 it run daemon threads that it never waits for:
-- *talk* tells this rank's sign of life to a TCPStore that rank 0 serves on a free port of MASTER_ADDR, and reads what
-  rank 0 says; it may get stuck when a host is cut off, so it decides nothing;
-- *judge* looks at what was heard. Rank 0 judges all ranks and publishes its verdict, so that a sign costs every rank
-  one write and one read however many there are; the others judge rank 0. It also ends a run whose checkpoint is not
-  written within `training.stop_seconds` of a request to stop;
+- *talk* tells this rank's sign of life to rank 0, and reads what rank 0 says (sign_exchange.py);
+- *judge* looks at what was heard. Rank 0 judges all ranks and publishes its verdict; the others judge rank 0. It also
+  ends a run whose checkpoint is not written within `training.stop_seconds` of a request to stop;
 - *beat* (rank 0) renews RUN/heartbeat.json; a disk that hangs stops nothing else.
 
 A rank whose end is announced is not lost. One that met a collective that failed waits in `failed`, for a verdict or an
@@ -15,8 +13,6 @@ announcement to say why, which then takes seconds instead of `training.silence_s
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import socket
 import sys
@@ -33,14 +29,13 @@ from data_pipeline.errors import GenattError, ResumableError
 from genatt_dist.training import heartbeat, preemption
 from genatt_dist.training.checkpoint.store import Store
 from genatt_dist.training.mark import Mark
+from genatt_dist.training.sign_exchange import SignExchange
 from genatt_dist.training.signs import Limits, Sign, hanging, is_lost_peer, lost
 from genatt_dist.training.stopped import advice, write_stopped
 from genatt_dist.training.stopping import newest_checkpoint
 
 _TICK_SECONDS = 0.2
-_LONGEST_INTERVAL = 2.0
-_LINGER_SECONDS = 2 * _LONGEST_INTERVAL  # rank 0 serves so long after its own end, for others to read it
-_ROOT = "0"
+_BEAT_SECONDS = 2.0
 
 
 class Watchdog:
@@ -53,28 +48,21 @@ class Watchdog:
         self._mark, self._run, self._checkpoints = mark, run, store
         self._limits, self._stop_seconds = limits, stop_seconds
         self._rank, self._world_size = rank, world_size
-        self._interval = min(_LONGEST_INTERVAL, limits.silence / 6)
-        self._host, self._count = socket.gethostname(), 0
+        self._host = socket.gethostname()
         self._place, self._since = mark.now, time.monotonic()
         self._ended: str | None = None
         self._broken = False
-        now = time.monotonic()
-        # The newest sign of every rank that this one judges, and when it came.
-        self._heard: dict[int, tuple[Sign, float]] = {rank: (self._sign(), now)}
-        self._endings: dict[int, str] = {}
-        self._failing = ""  # why the last talk failed
-        self._verdict: str | None = None
-        self._wake, self._said, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._store: dist.TCPStore | None = None
-        self._address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), 0)
+        self._closed = threading.Event()
+        self._exchange = SignExchange(rank, world_size, limits.silence, self._sign)
+        self._interval = self._exchange.interval
 
     def start(self, group: dist.ProcessGroup | None) -> None:
         """Begin. Collective over `group`, which is for the CPU; None for one rank. Raises GenattError when rank 0's
         store cannot be reached.
         """
         if group is not None:
-            self._join(group)
-            self._thread(self._talk)
+            self._exchange.join(group)
+            self._thread(self._exchange.talk)
         self._thread(self._judge)
         if self._rank == 0:
             self._thread(self._beat)
@@ -84,10 +72,10 @@ class Watchdog:
         rank is lost, or for a rank that announced its end. Blocks for a few seconds, or while a host does not answer.
         """
         step, self._broken = self._mark.step, True
-        self._wake.set()
+        self._exchange.hurry()
         deadline = time.monotonic() + self._limits.silence + 4 * self._interval
         while time.monotonic() < deadline:
-            if others := {rank: text for rank, text in dict(self._endings).items() if rank != self._rank}:
+            if others := {rank: text for rank, text in self._exchange.endings.items() if rank != self._rank}:
                 rank, text = next(iter(others.items()))
                 return _EndedError(f"rank {rank} ended ({text}) in step {step} or before")
             time.sleep(_TICK_SECONDS / 2)
@@ -100,110 +88,18 @@ class Watchdog:
     def close(self, ended: str) -> None:
         """Announce this rank's end, and judge no more. ended: how, in a few words."""
         self._ended = ended
-        if self._world_size > 1:
-            self._said.clear()
-            self._wake.set()
-            self._said.wait(_LINGER_SECONDS)
-            deadline = time.monotonic() + _LINGER_SECONDS
-            while self._rank == 0 and time.monotonic() < deadline and not self._failing:
-                if len({*self._endings, 0}) == self._world_size:
-                    break
-                time.sleep(_TICK_SECONDS / 4)
+        self._exchange.close()
         self._closed.set()
-        self._wake.set()
 
     def _thread(self, work: object) -> None:
         name = f"watch: {getattr(work, '__name__', '').strip('_')}"
         threading.Thread(target=work, name=name, daemon=True).start()  # type: ignore[arg-type]
 
     def _sign(self) -> Sign:
+        """This rank's; the exchange counts it."""
         operation, step, epoch, _ = self._place
         seconds, pid = round(time.monotonic() - self._since, 1), os.getpid()
-        return Sign(
-            self._rank, self._host, pid, self._count, step, epoch, operation, seconds, self._ended, self._broken
-        )
-
-    # Talking.
-
-    def _join(self, group: dist.ProcessGroup) -> None:
-        told: list[object] = [None]
-        if self._rank == 0:
-            self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
-            told = [self._store.port]
-        dist.broadcast_object_list(told, 0, group=group)
-        self._address = (self._address[0], int(str(told[0])))
-        if self._rank != 0:
-            self._connect()
-        assert self._store is not None
-        self._store.set_timeout(datetime.timedelta(seconds=max(2.0, self._interval)))
-        if self._rank == 0:
-            self._tell(self._sign())
-        else:
-            self._store.set(str(self._rank), self._sign().text())
-        told = [None] * self._world_size
-        dist.all_gather_object(told, self._sign().text(), group=group)  # now every key is there
-        now = time.monotonic()
-        judged = range(self._world_size) if self._rank == 0 else (0, self._rank)
-        self._heard = {rank: (Sign.of(str(told[rank])), now) for rank in judged}
-
-    def _connect(self) -> None:
-        """A new connection to rank 0's store. Raises GenattError or RuntimeError."""
-        try:
-            socket.create_connection(self._address, timeout=max(2.0, self._interval)).close()
-        except OSError as error:
-            raise GenattError(
-                f"rank {self._rank} cannot reach {self._address[0]}:{self._address[1]} of rank 0 ({error}): let the "
-                "hosts of a run reach each other on all TCP ports, and MASTER_ADDR be the host of rank 0"
-            ) from None
-        timeout = datetime.timedelta(seconds=max(2.0, self._interval))
-        self._store = dist.TCPStore(*self._address, None, False, timeout, wait_for_workers=False)
-
-    def _talk(self) -> None:
-        while not self._closed.is_set():
-            try:
-                if self._failing and self._rank != 0:
-                    self._connect()
-                self._exchange()
-                self._failing = ""
-            except Exception as error:  # whatever it is: the judge decides by what was heard
-                self._failing = " ".join(str(error).split())[:200] or type(error).__name__
-            hurry = self._broken or self._ended is not None
-            self._wake.wait(_TICK_SECONDS / 4 if hurry else self._interval)
-            self._wake.clear() if not hurry else time.sleep(_TICK_SECONDS / 4)
-
-    def _exchange(self) -> None:
-        assert self._store is not None
-        self._count += 1
-        mine = self._sign()
-        if self._rank != 0:
-            self._store.set(str(self._rank), mine.text())
-            told = json.loads(self._store.get(_ROOT))
-            self._hear(Sign(**told["sign"]))
-            self._endings |= {int(rank): text for rank, text in told["endings"].items()}
-            self._verdict = self._verdict or told["verdict"]
-        else:
-            others = [str(rank) for rank in range(1, self._world_size)]
-            for text in self._store.multi_get(others):
-                self._hear(Sign.of(text))
-            endings = {sign.rank: sign.ended for sign, _ in list(self._heard.values()) if sign.ended is not None}
-            self._endings |= endings
-            self._tell(mine)
-        self._heard[self._rank] = (mine, time.monotonic())
-        if mine.ended is not None:
-            self._endings[self._rank] = mine.ended
-            self._said.set()
-
-    def _tell(self, mine: Sign) -> None:
-        """What rank 0 says: its own sign, who has ended, and its verdict."""
-        assert self._store is not None
-        told = {"sign": asdict(mine), "endings": self._endings, "verdict": self._verdict}
-        self._store.set(_ROOT, json.dumps(told))
-
-    def _hear(self, sign: Sign) -> None:
-        before, when = self._heard[sign.rank]
-        self._heard[sign.rank] = (sign, when if sign.count == before.count else time.monotonic())
-
-    # Judging.
+        return Sign(self._rank, self._host, pid, 0, step, epoch, operation, seconds, self._ended, self._broken)
 
     def _judge(self) -> None:
         looked, ended_since = time.monotonic(), None
@@ -212,7 +108,7 @@ class Watchdog:
             if self._mark.now != self._place:
                 self._place, self._since = self._mark.now, now
             if now - looked > max(1.0, self._interval):  # this process was stopped itself, and heard nobody meanwhile
-                self._heard = {rank: (sign, when + now - looked) for rank, (sign, when) in self._heard.items()}
+                self._exchange.postpone(now - looked)
                 self._since = min(now, self._since + now - looked)  # nor did it work: schedulers suspend jobs for hours
             looked = now
             if self._ended is not None:
@@ -223,9 +119,9 @@ class Watchdog:
                     f"{request.reason}: no checkpoint was written within training.stop_seconds="
                     f"{self._stop_seconds:g}, this rank is {self._sign().where}"
                 )
-            if message := self._verdict or self._found(now):
+            if message := self._exchange.verdict or self._found(now):
                 self._give_up(message)
-            failed = [rank for rank, text in dict(self._endings).items() if text.startswith("error")]
+            failed = [rank for rank, text in self._exchange.endings.items() if text.startswith("error")]
             if failed:
                 ended_since = ended_since or now
                 if now - ended_since > self._limits.silence:  # and the main thread still waits for it
@@ -233,30 +129,29 @@ class Watchdog:
 
     def _found(self, now: float) -> str | None:
         """What is wrong among the ranks that this one judges."""
-        heard = dict(self._heard)
+        heard, endings, failing = self._exchange.heard, self._exchange.endings, self._exchange.failing
         signs = [self._sign() if rank == self._rank else heard[rank][0] for rank in sorted(heard)]
-        signs = [replace(sign, ended=self._endings.get(sign.rank, sign.ended)) for sign in signs]
+        signs = [replace(sign, ended=endings.get(sign.rank, sign.ended)) for sign in signs]
         silent = {rank: 0.0 if rank == self._rank else now - when for rank, (_, when) in heard.items()}
-        broken = self._failing or any(sign.broken for sign in signs)
+        broken = failing or any(sign.broken for sign in signs)
         limit = min(self._limits.silence, 3 * self._interval) if broken else self._limits.silence
         found = lost(signs, silent, limit)
         if self._rank == 0:
             return found or hanging(signs, self._limits)
-        if found and silent[0] > limit and self._failing:
-            host, port = self._address
+        if found and silent[0] > limit and failing:
+            host, port = self._exchange.address
             return f"host {host} of rank 0 does not answer on port {port}: {found}"
         return found
 
     def _give_up(self, message: str) -> None:
         """Say it, leave it in the run directory, and end this process."""
-        if self._rank != 0 and message == self._verdict:  # rank 0 has written it
+        if self._rank != 0 and message == self._exchange.verdict:  # rank 0 has written it
             self._leave(message)
         checkpoint = newest_checkpoint(self._checkpoints)
         write_stopped(self._run, message, self._mark.done, self._mark.epoch, checkpoint, self._rank)
         message = f"{message}; {advice(checkpoint)}"
         if self._rank == 0 and self._world_size > 1:
-            self._verdict = message
-            self._wake.set()
+            self._exchange.publish(message)
             time.sleep(self._interval + 2 * _TICK_SECONDS)  # every rank that lives reads it meanwhile
         self._leave(message)
 
@@ -272,14 +167,14 @@ class Watchdog:
             now = time.monotonic()
             mine = self._sign()
             ranks = []
-            for rank, (sign, when) in sorted(dict(self._heard).items()):
+            for rank, (sign, when) in sorted(self._exchange.heard.items()):
                 shown = mine if rank == self._rank else sign
                 facts = {key: value for key, value in asdict(shown).items() if key not in ("count", "broken")}
                 ranks.append(facts | {"silent": 0.0 if rank == self._rank else round(now - when, 1)})
             beat = {"step": mine.step, "epoch": mine.epoch, "operation": mine.operation, "ranks": ranks}
             with suppress(OSError):  # told by its age
                 heartbeat.write(self._run, beat)
-            self._closed.wait(_LONGEST_INTERVAL)
+            self._closed.wait(_BEAT_SECONDS)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from data_pipeline.errors import GenattError
 from data_pipeline.format import load_manifest
 from genatt_dist.config import RunConfig
 from genatt_dist.data.arrays import EVENT, seconds_of
-from genatt_dist.data.batches import Batch, TrainingBatches, evaluation_batches
+from genatt_dist.data.batches import Batch, TrainingBatches
 from genatt_dist.data.context import gap, hour_of_week, seconds, seconds_of_column
+from genatt_dist.data.histories import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from tiny_data import histories, numbered, sequences_of, write_prepared
 
 from data_pipeline.errors import GenattError
 from data_pipeline.splits import TimePoint
-from genatt_dist.data.batches import Histories, evaluation_batches
+from genatt_dist.data.histories import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences, gather
 
 CPU = torch.device("cpu")

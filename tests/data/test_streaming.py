@@ -13,7 +13,8 @@ from tiny_data import all_windows, numbered
 
 from genatt_dist.attention.noise import Purpose, derive
 from genatt_dist.config import DataConfig, TrainingConfig
-from genatt_dist.data.batches import POOL_BATCHES, Batch, TrainingBatches
+from genatt_dist.data.batches import Batch, TrainingBatches
+from genatt_dist.data.shuffle import POOL_BATCHES
 
 CPU = torch.device("cpu")
 some_lengths = st.lists(st.integers(1, 25), min_size=1, max_size=60).filter(lambda lengths: max(lengths) > 3)

@@ -22,7 +22,7 @@ _PRELOAD = [
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported with any ZeRO optimizer, and with it torch's compiler
     "genatt_dist.embedding.sharded",
-    "genatt_dist.training.trainer",
+    "genatt_dist.training.train",
 ]
 # What libraries read when they are imported: one thread a rank, and the CPU also where there is a GPU.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -1,6 +1,6 @@
 """A run that was stopped and resumed is the run that never stopped: the same losses, rows, weights and optimizer state.
 
-The runs are real ones (`training.trainer.train` on every rank) with keyed dropout and noise on, so a draw that hung on
+The runs are real ones (`training.train` on every rank) with keyed dropout and noise on, so a draw that hung on
 a process, or a cursor that was off by one batch, would show.
 """
 
@@ -45,7 +45,8 @@ class _StoppedError(Exception):
 
 def train(run: Path, resume: bool = False, stop: bool = False, records: int = 1) -> None:
     """One rank of a run; `stop` fails it in the middle of an epoch, at that epoch's so many-th record."""
-    from genatt_dist.training import telemetry, trainer
+    from genatt_dist.training import telemetry
+    from genatt_dist.training import train as entry
 
     ranks.partition_every_parameter()
     record = telemetry.Telemetry.record
@@ -61,7 +62,7 @@ def train(run: Path, resume: bool = False, stop: bool = False, records: int = 1)
     if stop:
         telemetry.Telemetry.record = fail  # type: ignore[method-assign]
     try:
-        trainer.train(runs.read_config(run), run, "test", resume)
+        entry.train(runs.read_config(run), run, "test", resume)
     except _StoppedError:
         assert stop
 

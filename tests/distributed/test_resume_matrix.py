@@ -74,11 +74,12 @@ class Trained:
 
 def train_to(run: Path, resume: bool, stop: int, every: bool) -> tuple[dict[int, float], list[tuple[int, int, int]]]:
     """One rank of a run up to update `stop`: losses (rank 0's record of all ranks') and its own windows."""
-    from genatt_dist.training import telemetry, trainer
+    from genatt_dist.training import telemetry, trainer, update_log
+    from genatt_dist.training import train as entry
 
     if every:
         ranks.partition_every_parameter()
-    trainer._LOG_STEPS = 1
+    update_log._LOG_STEPS = 1
     losses: dict[int, float] = {}
     windows: list[tuple[int, int, int]] = []
     record, update = telemetry.Telemetry.record, trainer.Trainer.update
@@ -98,7 +99,7 @@ def train_to(run: Path, resume: bool, stop: int, every: bool) -> tuple[dict[int,
     telemetry.Telemetry.record = told  # type: ignore[method-assign]
     trainer.Trainer.update = seen  # type: ignore[method-assign]
     with contextlib.suppress(_StoppedError):
-        trainer.train(runs.read_config(run), run, "test", resume)
+        entry.train(runs.read_config(run), run, "test", resume)
     return losses, windows
 
 
@@ -240,14 +241,15 @@ def loaded_state(run: Path) -> Any:
     from genatt_dist.training.trainer import Trainer
 
     trainer = Trainer(run, runs.read_config(run), torch.device("cpu"), "test", resume=True)
-    dense = trainer._engine.state()
+    learner = trainer.learner
+    dense = learner.engine.state()
     names = [name for name in dense if name.startswith("exp_avg") and not name.endswith("items.weight")]
     moments = {name: dense[name].numpy() for name in names}
-    if trainer._sharded is None:
+    if learner.sharded is None:
         states = torch.stack([dense[f"{name}.items.weight"] for name in ("exp_avg", "exp_avg_sq")]).abs().sum(0)
         return trainer._notes, dense["parameter.items.weight"].numpy(), states.numpy(), moments
     parts: list[Any] = [None] * dist.get_world_size()
-    shards = [(shard.rows.clone(), *map(torch.clone, shard.optimizer.values())) for shard in trainer._sharded.shards]
+    shards = [(shard.rows.clone(), *map(torch.clone, shard.optimizer.values())) for shard in learner.sharded.shards]
     dist.all_gather_object(parts, shards)
     rows, state = (torch.cat(each) for each in zip(*(shard for part in parts for shard in part), strict=True))
     return trainer._notes, rows.numpy(), state.numpy(), moments

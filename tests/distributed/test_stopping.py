@@ -39,10 +39,11 @@ def train(run: Path, resume: bool, signals: dict[str, tuple[int, int]]) -> str |
     13, `validation 2` in the second batch ranked by this process, `saving 13` while that checkpoint is written, which
     takes 60 seconds by `slow 13` (0, 60). Returns what stopped it.
     """
-    from genatt_dist.training import preemption, saving, trainer
+    from genatt_dist.training import preemption, saving, trainer, validation
+    from genatt_dist.training import train as entry
 
     preemption.handle_signals(lambda reason: None)
-    update, ranked, seal = trainer.Trainer.update, trainer.Trainer._ranked, saving.seal
+    update, ranked, seal = trainer.Trainer.update, validation.Validation._ranked, saving.seal
     counted = 0
 
     def meet(moment: str) -> None:
@@ -58,7 +59,7 @@ def train(run: Path, resume: bool, signals: dict[str, tuple[int, int]]) -> str |
         meet(f"step {self._progress.step + 1}")
         return losses
 
-    def counting(self: trainer.Trainer, users: int) -> None:
+    def counting(self: validation.Validation, users: int) -> None:
         nonlocal counted
         counted += 1
         meet(f"validation {counted}")
@@ -70,10 +71,11 @@ def train(run: Path, resume: bool, signals: dict[str, tuple[int, int]]) -> str |
         time.sleep(signals.get(f"slow {step}", (0, 0))[1])
         seal(path, *of)
 
-    trainer.Trainer.update, trainer.Trainer._ranked = updated, counting  # type: ignore[method-assign]
+    trainer.Trainer.update = updated  # type: ignore[method-assign]
+    validation.Validation._ranked = counting  # type: ignore[method-assign]
     saving.seal = sealed
     try:
-        trainer.train(runs.read_config(run), run, "test", resume)
+        entry.train(runs.read_config(run), run, "test", resume)
     except ResumableError as error:
         return str(error)
     return None
@@ -343,12 +345,12 @@ def saved(run: Path, place: str) -> str:
 
     trainer = Trainer(run, runs.read_config(run), torch.device("cpu"), "test", resume=False)
     if place == "table" and dist.get_rank() == 1:
-        trainer._sharded.shards[0].rows[3, 2] = torch.inf
+        trainer.learner.sharded.shards[0].rows[3, 2] = torch.inf
     if place == "dense":
-        next(trainer._dense.parameters()).data.view(-1)[0] = torch.nan
+        next(trainer.learner.dense.parameters()).data.view(-1)[0] = torch.nan
     try:
-        trainer._saver.save(trainer._progress)
-        trainer._saver.wait()
+        trainer._checkpointing.saver.save(trainer._progress)
+        trainer._checkpointing.saver.wait()
     except GenattError as error:
         return str(error)
     return "saved"

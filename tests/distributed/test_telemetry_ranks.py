@@ -22,7 +22,7 @@ _SHARDED = ("table.kind=sharded", "loss.kind=full")
 
 def trained(folder: Path, config: RunConfig, measured: bool) -> tuple[list[float], dict[str, Any]]:
     """Losses of the log, on rank 0, and the dense parameters at the end. measured: else without timer and counter."""
-    from genatt_dist.training import performance, step, trainer
+    from genatt_dist.training import performance, step, trainer, update_log
 
     run = folder / ("measured" if measured else "plain")
     if torch.distributed.get_rank() == 0:
@@ -30,19 +30,19 @@ def trained(folder: Path, config: RunConfig, measured: bool) -> tuple[list[float
         (run / "config.yaml").write_text(configuration.dump(config))
     torch.distributed.barrier()
     ranks.partition_every_parameter()
-    trainer._LOG_STEPS = 1
+    update_log._LOG_STEPS = 1
     work = trainer.Trainer(run, config, torch.device("cpu"), "test", False)
     if measured:
         work.run()
     else:
         nothing = mock.MagicMock(**{"__getitem__.side_effect": lambda name: nullcontext()})
         with (
-            mock.patch.object(work._step, "_timer", nothing),
+            mock.patch.object(work.learner._step, "_timer", nothing),
             mock.patch.object(performance, "counted", return_value=nullcontext(performance.Count())),
         ):
             work.run()
     assert step.SectionTimer is performance.SectionTimer
-    state = {name: value.numpy() for name, value in work._engine.state().items()}
+    state = {name: value.numpy() for name, value in work.learner.engine.state().items()}
     if torch.distributed.get_rank():
         return [], state
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig, TrainingConfig
-from genatt_dist.data.batches import Histories, Read, evaluation_batches
+from genatt_dist.data.device import Read
+from genatt_dist.data.histories import Histories, evaluation_batches
 from genatt_dist.data.sequences import Sequences
 from genatt_dist.embedding.features import FeatureTables, input_rows, mean_rows, replicated, with_features
 from genatt_dist.embedding.table import initial_rows, table_seed

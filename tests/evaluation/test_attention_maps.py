@@ -16,7 +16,7 @@ from genatt_dist.attention.options import (
     RecurrentAttention,
     VariationalAttention,
 )
-from genatt_dist.data.batches import Histories
+from genatt_dist.data.histories import Histories
 from genatt_dist.evaluation import maps
 from genatt_dist.evaluation.evaluate import sampling_context
 from genatt_dist.evaluation.maps import LONG, SAMPLES, UNIT, USERS, choose, write_maps

@@ -42,6 +42,6 @@ def once_at(run: Path, step: int, do: Callable[[], None]) -> Iterator[None]:
 
 def train_rank(config: RunConfig, run: Path) -> None:
     """The training function in a process that no launcher started; here, because processes find it by its module."""
-    from genatt_dist.training.trainer import train
+    from genatt_dist.training.train import train
 
     train(config, run, "torchrun")

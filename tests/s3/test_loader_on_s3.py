@@ -10,7 +10,8 @@ from tiny_data import histories, write_prepared
 
 from data_pipeline.errors import GenattError
 from genatt_dist.config import DataConfig, TrainingConfig
-from genatt_dist.data.batches import TrainingBatches, evaluation_batches
+from genatt_dist.data.batches import TrainingBatches
+from genatt_dist.data.histories import evaluation_batches
 from genatt_dist.data.sequences import Sequences
 
 pytestmark = pytest.mark.s3

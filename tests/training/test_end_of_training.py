@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from genatt_dist import config as configuration
 from genatt_dist.evaluation.diagnose import Diagnosis
-from genatt_dist.training import trainer
+from genatt_dist.training import trainer, validation
 from genatt_dist.training.checkpoint.progress import Progress
 from genatt_dist.training.mark import Mark
 from genatt_dist.training.performance import Performance
@@ -29,13 +29,13 @@ class Idle(trainer.Trainer):
         run.mkdir(exist_ok=True)
         self._run, self._config, self._device = run, configuration.parse(config, "of a test"), torch.device("cpu")
         self._rank, self._world_size, self._launcher, self._total_steps = 0, 1, "process", 100
-        self._engine = SimpleNamespace(train=lambda training: None, gathered=contextlib.nullcontext)  # type: ignore
-        self._dense = SimpleNamespace(backbone=None, items=object(), features=None)  # type: ignore
-        self._sharded = self._sequences = None  # type: ignore
+        self.learner = SimpleNamespace(  # type: ignore[assignment]
+            performance=Performance(self._device, torch.float32, 0, 1), evaluating=lambda: nullcontext((None, None))
+        )
+        self._sequences = None  # type: ignore[assignment]
         self._progress, self._notes = Progress("hash"), []
-        self._saver, self._group = mock.MagicMock(), None
+        self._checkpointing = mock.MagicMock()
         self._mark, self._agreement = Mark(), Agreement(None)
-        self._performance = Performance(torch.device("cpu"), torch.float32, 0, 1)
         self.saved: list[tuple[int, int]] = []
 
     def _train_epoch(self) -> None:
@@ -59,10 +59,11 @@ def lasts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         seen.append((record["epoch"], last))
         return []
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    monkeypatch.setattr(trainer, "diagnose", lambda *of: Diagnosis({}, {}))
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "diagnose", lambda *of: Diagnosis({}, {}))
     monkeypatch.setattr(trainer, "write_environment", lambda *of: None)
-    monkeypatch.setattr(trainer.dist, "broadcast", lambda *of: None)
+    for name, value in {"broadcast": None, "get_rank": 0, "get_world_size": 1}.items():
+        monkeypatch.setattr(trainer.dist, name, lambda *of, value=value: value)
     monkeypatch.setattr(FailureSigns, "look", look)
     return seen
 
