@@ -1,4 +1,5 @@
-"""KubeRay's ray.io/v1 resources as a JSON schema: what RayCluster and RayJob have in KubeRay 1.4, and authOptions.
+"""KubeRay's ray.io/v1 resources as a JSON schema: fields that RayCluster and RayJob have had since KubeRay 1.4, and
+authOptions of 1.5.1, which the templates ask for. Newer fields are errors here.
 
 Written from the field tables of KubeRay's API reference (docs.ray.io, "KubeRay CRD API reference"; the project's
 docs/reference/api.md), because its CRDs are in no package. What Kubernetes defines itself (pod templates, services)
