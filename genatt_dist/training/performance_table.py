@@ -26,6 +26,9 @@ def facts(performance: Mapping[str, Any]) -> dict[str, str]:
     """What is known, in words, by a short name of each fact."""
     found = {"speed": f"{performance['sequences_per_second']:,.0f} sequences/s, "}
     found["speed"] += f"{performance['tokens_per_second']:,.0f} tokens/s"
+    if performance.get("exchange_seconds") is not None:
+        spent, share = _milliseconds(performance["exchange_seconds"]), performance["exchange_share"]
+        found["exchange"] = f"{spent} of it ({share:.0%}) between ranks"
     for name, sizes in performance["peak_memory_gib"].items():
         ranks = "" if len(sizes) == 1 else f" (largest of {len(sizes)} ranks)"
         found[f"{name} memory"] = f"{name} memory {max(sizes):.2f} GiB{ranks}"

@@ -13,7 +13,7 @@ torch.profiler runs, each section is also a `record_function` range of the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -42,10 +42,10 @@ class SectionTimer:
     read it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, names: Sequence[str] = SECTIONS) -> None:
         self.current = ""
         on_device = _Streamed if device.type == "cuda" else _Clocked
-        self._sections = {name: (_Clocked if name == "input" else on_device)(self, name) for name in SECTIONS}
+        self._sections = {name: (_Clocked if name == "input" else on_device)(self, name) for name in names}
 
     def __getitem__(self, name: str) -> Section:
         return self._sections[name]

@@ -82,7 +82,7 @@ class Trainer:
             source = resuming.newest(store, group)
             found = resuming.resume(source, config, sequences, learner.engine, learner.sharded)
             self._progress = found.progress
-            self._notes += found.notes
+            self._notes += [f"goes on from the checkpoint of step {self._progress.step}", *found.notes]
         saver = Saver(store, config, learner.engine, learner.sharded, device, group)
         self._checkpointing = Checkpointing(run, saver, self._mark, group, self._progress.step if resume else None)
         begun, left = self._progress.begun_step, config.training.epochs - self._progress.begun_epoch
@@ -183,6 +183,8 @@ class Trainer:
         validation.
         """
         progress, training = self._progress, self._config.training
+        for line in self.learner.performance.slow_ranks(sum_over_ranks):
+            self._telemetry.say(f"note: {line}")
         self._set_seconds()
         last = self._finished()
         if last or progress.epoch % training.evaluate_every == 0:

@@ -1,6 +1,7 @@
 """Measuring changes no result, on any number of ranks; and every rank's memory is in the summary."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 
 from genatt_dist import config as configuration
 from genatt_dist.config import RunConfig
@@ -39,6 +41,7 @@ def trained(folder: Path, config: RunConfig, measured: bool) -> tuple[list[float
         with (
             mock.patch.object(work.learner._step, "_timer", nothing),
             mock.patch.object(performance, "counted", return_value=nullcontext(performance.Count())),
+            mock.patch.object(performance, "_WATCHED_FIRST", -1),
         ):
             work.run()
     assert step.SectionTimer is performance.SectionTimer
@@ -69,8 +72,45 @@ def test_measuring_changes_no_bit(make_config: Callable[..., RunConfig], tmp_pat
     assert len(found["peak_memory_gib"]["host"]) == 2
     assert min(found["peak_memory_gib"]["host"]) > 0.05
     assert 0 < found["exchange_share"] < 1
+    assert 0 < found["exchange_seconds"] < found["step_seconds"]["total"]
+    assert len(found["own_seconds"]) == 2
     assert found["flops_per_step"] > 0
     assert all(found["step_seconds"][name] > 0 for name in SECTIONS)
+
+
+def delayed() -> tuple[list[float], list[list[str]], dict[str, Any]]:
+    """Steps of an all-reduce and an asynchronous one, in which rank 1 computes 40 ms and rank 0 hardly at all."""
+    from genatt_dist.training.engine import sum_over_ranks
+    from genatt_dist.training.performance import Performance
+
+    rank, before = dist.get_rank(), (dist.all_reduce, dist.Work.wait)
+    measured = Performance(torch.device("cpu"), torch.float32, rank, 2)
+    shares, lines = [], []
+    for _ in range(6):
+        since = time.perf_counter()
+        for _ in range(10):
+            with measured.step([]):
+                time.sleep(0.04 if rank else 0.004)
+                for later in (False, True):
+                    work = dist.all_reduce(torch.ones(8), async_op=later)
+                    if later:
+                        work.wait()
+        shares.append(measured.interval(since)[1]["exchange_share"])
+        lines.append(measured.slow_ranks(sum_over_ranks))
+    assert (dist.all_reduce, dist.Work.wait) == before
+    return shares, lines, measured.summary(sum_over_ranks)
+
+
+@pytest.mark.distributed
+def test_a_slow_rank_is_told_once_and_the_other_waits_for_it() -> None:
+    (waiting, lines, summary), (working, others, _) = ranks.run_in_group(delayed, 2)
+    assert min(waiting) > 0.5
+    assert max(working) < 0.5
+    assert lines == others
+    assert [len(each) for each in lines] == [0, 0, 1, 0, 0, 0]  # three watched steps first, and then not again
+    assert lines[2][0].startswith("rank 1 is slow: ")
+    assert summary["own_seconds"][1] > 0.04 > summary["own_seconds"][0]
+    assert summary["exchange_seconds"] > 0.015  # the mean of 36 ms and almost nothing
 
 
 @pytest.mark.exhaustive
