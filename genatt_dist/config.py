@@ -214,6 +214,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse(tree: dict[str, Any], where: str) -> RunConfig:
     """Check a tree of plain values; `where` names its origin in errors."""
+    if isinstance(tree.get("train"), dict):
+        raise GenattError(
+            f"config {where} is a pipeline's: submit it (`genatt submit pipeline`), or train on its section train alone"
+        )
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -69,9 +69,11 @@ def connect(address: str | None) -> Client:
             "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
         ) from None
     except _FAILURES as error:
+        said = one_line(error, address)
+        why = "" if said.startswith("Failed to connect") else f": {said}"  # which only has the address once more
         raise GenattError(
-            f"no Ray cluster answers at --address {shown}: {one_line(error, address)}: see that its head node "
-            "runs with a dashboard (`ray start --head`), and forward its port where it is not reachable"
+            f"no Ray cluster answers at --address {shown}{why}: see that its head node runs with a dashboard (`ray "
+            "start --head`), and forward its port where it is not reachable"
         ) from None
     client.answer_seconds = ANSWER_SECONDS
     return client

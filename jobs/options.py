@@ -102,6 +102,12 @@ class Pipeline(Section):
         return self
 
 
+def check_kind(kind: str) -> None:
+    """Raises GenattError where there is no such job."""
+    if kind not in KINDS:
+        raise GenattError(f"job {kind} is unknown: use {', '.join(KINDS)}")
+
+
 def load(kind: str, path: Path | None, overrides: Sequence[str], run: str) -> dict[str, Any]:
     """The resolved configuration of a job of this kind, as plain values; `of_*` below read it again on the cluster.
 

@@ -75,8 +75,7 @@ def job_of(
     num_cpus: float = 0.0,
 ) -> Job:
     """The job as asked for. variables: names that are passed on from this environment. Raises GenattError."""
-    if kind not in options.KINDS:
-        raise GenattError(f"job {kind} is unknown: use {', '.join(options.KINDS)}")
+    options.check_kind(kind)
     if config is None and kind != "evaluate":
         raise GenattError(f"job {kind} needs a CONFIG: name its YAML file, for example from configs/")
     run = options.absolute(run).rstrip("/")

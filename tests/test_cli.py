@@ -65,8 +65,8 @@ SURFACE = {
     "jobs stop": ["job_id", "--wait", "--timeout", "--address"],
     "bench scaling": [
         "--out", "--config", "--ranks", "--steps", "--items", "--full-items", "--few-steps", "--tables", "--mode",
-        "--select", "--batch", "--launcher", "--rounds", "--turn-seconds", "--row-seconds", "--memory-mb", "--quick",
-        "--trace",
+        "--select", "--batch", "--launcher", "--start-seconds", "--rounds", "--turn-seconds", "--row-seconds",
+        "--memory-mb", "--quick", "--trace",
     ],
     "study quality": ["--out", "--config", "--jobs", "--arms", "--out-file", "overrides"],
 }  # fmt: skip

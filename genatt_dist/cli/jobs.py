@@ -81,6 +81,9 @@ def submit(
     """
     given = [*([config] if config else []), *(overrides or [])]
     file = Path(given.pop(0)) if given and "=" not in given[0] else None
+    from jobs.options import check_kind
+
+    check_kind(job)  # before Ray is imported, which takes seconds
     where = _place(job, run, out)
     from jobs import client as api
     from jobs import packaging

@@ -95,6 +95,8 @@ def test_options_of_a_benchmark_are_those_of_its_verb() -> None:
     assert ready.config["cpus"] == 0.0
     assert scaling.read(checkout() / ready.config["options"]["config"], {}).ranks == (1, 2)
     config = configs / "pipeline.yaml"
+    with pytest.raises(GenattError, match="is a pipeline's: submit it"):
+        submit.job_of("train", config, [], RUN)
     with pytest.raises(GenattError, match=r"unknown key prepare: known: .*name"):
         submit.job_of("benchmark", config, [], RUN)
 

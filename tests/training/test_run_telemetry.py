@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from genatt_dist.training.telemetry import Telemetry, write_environment
+from genatt_dist.training.telemetry import Telemetry, facade, write_environment
 from genatt_dist.training.warnings import FailureSign
 
 
@@ -28,6 +29,19 @@ def test_each_record_is_a_line_of_json_and_a_point_of_a_curve(tmp_path: Path) ->
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("valid/ndcg@10")] == [(5, 0.25)]
     assert [point.value for point in events.Scalars("train/loss")] == [2.5]
+
+
+def test_where_no_bar_is_drawn_a_line_now_and_then_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Telemetry(tmp_path, "x", 10, active=True) as telemetry:
+        telemetry.advance(1, "epoch 1")
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(facade, "_LINE_SECONDS", 0.0)
+        telemetry.advance(2)  # nothing new to tell
+        telemetry.advance(4, "epoch 1 loss 2.5000")
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"step 4 of 10: epoch 1 loss 2.5000(, about \d:\d\d:\d\d left)?\n", told), told
 
 
 def test_vectors_are_lists_there_and_histograms_here(tmp_path: Path) -> None:

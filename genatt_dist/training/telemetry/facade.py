@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from genatt_dist.training.telemetry.trackers import trackers
 from genatt_dist.training.telemetry.writers import JsonLines, TensorBoard, Values, Writer
 from genatt_dist.training.warnings import FailureSign
 
+_LINE_SECONDS = 60.0
 _END_SECONDS, _FAILED_END_SECONDS = 15.0, 3.0  # given to writers to take what waits; a run that is stopped has no time
 
 
@@ -32,7 +34,7 @@ class Telemetry:
 
         Raises GenattError where the environment asks for a server whose client is not installed.
         """
-        self._active = active
+        self._active, self._lined = active, time.monotonic()
         others: dict[str, Callable[[], Writer]] = {}
         if active:
             self._log = JsonLines(run / "metrics.jsonl", first_step)
@@ -70,10 +72,15 @@ class Telemetry:
             other.join(deadline)
 
     def advance(self, step: int, status: str | None = None) -> None:
-        """Move the bar; `status` replaces the text behind it."""
-        if self._active:
-            fields = {} if status is None else {"status": status}
-            self._progress.update(self._task, completed=step, **fields)  # type: ignore[arg-type]
+        """Move the bar; `status` replaces the text behind it. Where no bar is drawn, it is a line a minute."""
+        if not self._active:
+            return
+        fields = {} if status is None else {"status": status}
+        self._progress.update(self._task, completed=step, **fields)  # type: ignore[arg-type]
+        if status is not None and not self._console.is_terminal and time.monotonic() - self._lined > _LINE_SECONDS:
+            self._lined, task = time.monotonic(), self._progress.tasks[self._task]
+            left = "" if task.time_remaining is None else f", about {timedelta(seconds=int(task.time_remaining))} left"
+            self.say(f"step {step:,} of {task.total:,.0f}: {status}{left}")
 
     def records(self) -> list[dict[str, Any]]:
         """What is in metrics.jsonl: of a resumed run, all up to its checkpoint. Empty where nothing is written."""
