@@ -23,14 +23,16 @@ import os, sys, time
 from genatt_dist.training import preemption
 assert "torch" not in sys.modules
 preemption.handle_signals(lambda reason: (print("early", reason, flush=True), os._exit(75)))
-print("ready", flush=True)
 if sys.argv[1] == "serving":
     with preemption.serving():
+        print("ready", flush=True)
         while preemption.requested() is None:
             time.sleep(0.01)
         print(preemption.requested().reason, flush=True)
         time.sleep(float(sys.argv[2]))
     print("over", flush=True)
+else:
+    print("ready", flush=True)
 time.sleep(30)
 """
 
