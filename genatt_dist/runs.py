@@ -108,7 +108,13 @@ def _train(config: RunConfig, run: Path, launcher: str, resume: bool, place: Pla
 
 
 def _has_trained(run: Path) -> bool:
-    """Whether a run that ended has told of an update, or saved one before it came to tell."""
+    """Whether a run that ended has told of an update, saved one before it came to tell, or left the batch of a loss
+    that was no number, which its error names.
+    """
+    from genatt_dist.training.nonfinite import NONFINITE
+
+    if (run / NONFINITE).exists():
+        return True
     with suppress(OSError, ValueError):
         if json.loads((run / STOPPED).read_text())["checkpoint"] is not None:
             return True

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from genatt_dist.config import RunConfig
+from genatt_dist.data.ahead import BATCHES_AHEAD
 from genatt_dist.plan.dense import Dense, targets
 from genatt_dist.plan.hardware import Hardware
 from genatt_dist.plan.trace import Trace
@@ -33,7 +34,7 @@ _PROCESS_BYTES = {
     ("cuda", True): 3 << 30,
 }
 _LIBRARY_BYTES = 228 << 20
-_BATCHES_AHEAD = 4 + 2  # put together before they are asked for, and in use
+_BATCHES_HELD = BATCHES_AHEAD + 2  # put together before they are asked for, and in use
 _EXCHANGES = 4  # copies of a lookup's rows in TorchRec: looked up, received, sorted back, and the gradients'
 # Blocks that come and go in a step lie where there is room, and glibc, told to keep them, keeps the holes as well: as a
 # share of those blocks 0.5 to 1.0 over cases and runs of benchmarks/plan_check.py, to which this number was fitted.
@@ -134,7 +135,7 @@ def memory(
         parts.append(Part("law of the negatives", law, where, "always", "its sums (float64) and logarithms, all items"))
     read_ahead = min(config.data.prefetch_bytes, 4 * load.interactions) if load.interactions else 0
     parts.append(Part("read ahead", read_ahead, "host", "always", "items of row groups, at most data.prefetch_bytes"))
-    batch = _BATCHES_AHEAD * 8 * (3 * share.tokens + 3 * share.sequences)
+    batch = _BATCHES_HELD * 8 * (3 * share.tokens + 3 * share.sequences)
     parts.append(Part("batches", batch, "host", "always", "put together ahead"))
     parts += _evaluation(config, load, shard_rows, world_size, where)
     dense_state = 4 * sizes.total * (3 if config.training.optimizer == "adamw" else 1)
