@@ -6,7 +6,17 @@ INSTALLED := $(VENV)/.installed
 MANIFESTS := pyproject.toml packaging/setup.sh packaging/fbgemm-gpu-name/pyproject.toml
 
 FAST := not slow and not exhaustive and not gpu
+SLOW := slow and not exhaustive and not gpu
+SEVERAL := (distributed or ray)
 PYTEST := $(BIN)/pytest
+# Tests of one process (and a local S3) share the cores, whole files at a time; those that start several have them to
+# themselves. With ARGS one of the two may find nothing to run, which is pytest's code 5.
+ONE_EACH := -n logical --maxprocesses 8 --dist loadfile
+NONE := $(if $(ARGS),|| [ $$? = 5 ])
+define RUN_TESTS
+$(PYTEST) $(ONE_EACH) -m "$(1) and not $(SEVERAL)" $(ARGS) $(NONE)
+$(PYTEST) -m "$(1) and $(SEVERAL)" $(ARGS) $(NONE)
+endef
 GPU = $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),yes)
 RUN_SETUP = PYTHON='$(PYTHON)' DEVICE='$(DEVICE)' TORCH_INDEX='$(TORCH_INDEX)' packaging/setup.sh
 
@@ -31,10 +41,10 @@ quickstart: $(INSTALLED) ## Train and compare the attention types on a small dat
 	$(BIN)/genatt quickstart $(if $(DATA),--data '$(DATA)') --out runs/quickstart
 
 test: $(INSTALLED) ## Run the fast tests
-	$(PYTEST) -m "$(FAST)" $(ARGS)
+	$(call RUN_TESTS,$(FAST))
 
 test-slow: $(INSTALLED) ## Run the slow tests
-	$(PYTEST) -m "slow and not exhaustive and not gpu" $(ARGS)
+	$(call RUN_TESTS,$(SLOW))
 
 test-all: $(INSTALLED) ## Run every test, exhaustive ones too, those for a GPU where there is one
 	$(PYTEST) -m "$(if $(GPU),,not gpu)" $(ARGS)

@@ -540,7 +540,11 @@ def test_column_twice(name: str, ending: str, options: Options, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["log.csv.gz", "log.json.gz"])
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"user_id\n") + b"what is this"])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip at all", gzip.compress(b"user_id\n") + b"what is this"],
+    ids=["no gzip", "more behind it"],
+)
 def test_what_is_no_gzip(content: bytes, name: str, options: Options, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     assert f"{name} is no readable" in refusal(options(tmp_path / name), tmp_path)
@@ -589,6 +593,7 @@ def test_values_are_shown_in_part(options: Options, tmp_path: Path):
         ("log.json", b'{"user_id": 1, "item_id": 1, "timestamp": 1,' + b" " * 500 + b"}"),
         ("log.json.gz", gzip.compress(b"{" + bytes(2000))),
     ],
+    ids=["a quote", "a word", "blanks", "packed"],  # the time is in what gzip writes, and may be in no name
 )
 def test_first_row_without_an_end(
     name: str, content: bytes, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
