@@ -1,6 +1,9 @@
 """Job `benchmark`: `genatt bench NAME` on a node of the cluster; its results go to the run directory.
 
 `python -m jobs.benchmark [job.yaml]`
+
+What it has written so far is in the run at any time, for a node may be lost with hours of rows: below `unfinished/`, in
+a directory of this attempt's own, which goes once all of it is in the run. Results of another attempt stay as they are.
 """
 
 from __future__ import annotations
@@ -9,20 +12,26 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, cast
 
 import ray
 
 from data_pipeline.errors import GenattError
+from data_pipeline.filesystems import explaining, filesystem
 from data_pipeline.redaction import redact
 from data_pipeline.storage import check_access, write_bytes
+from genatt_dist import run_storage
 from genatt_dist.launch.group import Group
 from jobs import driver, options
 from jobs.node import on_node
 from jobs.options import OUT, BenchmarkJob
 
 _SAID_CHARS = 400
+UNFINISHED = "unfinished"
 
 
 def check(job: BenchmarkJob) -> None:
@@ -57,7 +66,25 @@ def _measure(job: BenchmarkJob, run: str) -> list[str]:
         words = [word.replace(OUT, directory) for word in ("--out", f"{OUT}/{job.out}", *job.arguments())]
         command = [sys.executable, "-m", "genatt_dist.cli", "bench", job.name, *words]
         environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # for ranks on other nodes
-        group, said = Group(command, environment, stderr=subprocess.PIPE), "nothing"
+        return followed(f"genatt bench {job.name}", command, environment, Path(directory), run)
+
+
+def followed(
+    what: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    run: str,
+    every: float = run_storage.EVERY_SECONDS,
+) -> list[str]:
+    """Run a program that writes to `directory`, and return the names of its files, which are in the run then.
+
+    every: seconds between looks at what it has written. Raises GenattError where it fails, or its files cannot be
+    written at the end.
+    """
+    unfinished = f"{run.rstrip('/')}/{UNFINISHED}/{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    group, said = Group(command, environment, stderr=subprocess.PIPE), "nothing"
+    with run_storage.mirrored(unfinished, directory, every):
         try:
             for line in cast(IO[bytes], group.process.stderr):
                 text = line.decode(errors="replace")
@@ -67,11 +94,17 @@ def _measure(job: BenchmarkJob, run: str) -> list[str]:
         finally:
             group.kill()
         if code:
-            raise GenattError(f"genatt bench {job.name} ended with exit code {code}: {said[-_SAID_CHARS:]}")
-        files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
-        names = [path.relative_to(directory).as_posix() for path in files]
-        for name, path in zip(names, files, strict=True):
-            write_bytes(f"{run}/{name}", path.read_bytes())
+            raise GenattError(
+                f"{what} ended with exit code {code}: {said[-_SAID_CHARS:]}: what it had written is in "
+                f"{redact(unfinished)}"
+            )
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = [path.relative_to(directory).as_posix() for path in files]
+    for name, path in zip(names, files, strict=True):
+        write_bytes(f"{run}/{name}", path.read_bytes())
+    fs, inner = filesystem(unfinished)
+    with suppress(GenattError, FileNotFoundError), explaining(unfinished, "remove"):  # all of it is in the run
+        fs.rm(inner, recursive=True)
     return names
 
 

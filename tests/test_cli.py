@@ -66,7 +66,7 @@ SURFACE = {
     "bench scaling": [
         "--out", "--config", "--ranks", "--steps", "--items", "--full-items", "--few-steps", "--tables", "--mode",
         "--select", "--batch", "--launcher", "--start-seconds", "--rounds", "--turn-seconds", "--row-seconds",
-        "--memory-mb", "--quick", "--trace",
+        "--memory-mb", "--quick", "--trace", "--again", "--model",
     ],
     "study quality": ["--out", "--config", "--jobs", "--arms", "--out-file", "overrides"],
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.scaling import measure
+from benchmarks.scaling import measure, ray_workers
 from benchmarks.scaling.breakdown import PARTS, part, shares
 from benchmarks.scaling.draw import draw
 from benchmarks.scaling.extrapolate import MARK
@@ -28,9 +29,12 @@ from benchmarks.scaling.grid import (
     read,
     select,
 )
+from benchmarks.scaling.growth import COLUMNS, growth, markdown
+from benchmarks.scaling.judge import ALONE, FITTED, TOGETHER, judged, modelled, read_results
 from benchmarks.scaling.measure import WAITING, Measured, measured_cell, parts, rows_of, too_large
+from benchmarks.scaling.model import deviation, lead
 from benchmarks.scaling.pool import Pool, RowError
-from benchmarks.scaling.run import command, finish, judged, modelled, run
+from benchmarks.scaling.run import again, command, finish, run
 from benchmarks.scaling.work import measure_rank
 from data_pipeline.errors import GenattError
 from genatt_dist.training.timing import SECTIONS
@@ -111,6 +115,7 @@ def test_a_configuration_is_read_strictly(tmp_path: Path) -> None:
         ("ranks: 2,4", "ranks=2,4: ratios are over one rank; add 1"),
         ("steps: [0]", "whole numbers from 1"),
         ("mode: fast", "mode"),
+        ("qqq: 1\nzzz: 2\nrank: 1", "unknown key rank: did you mean ranks.; unknown keys qqq, zzz: known: ranks, "),
         ("- 1", "holds list"),
         ("a: [", "not valid YAML"),
     ):
@@ -118,6 +123,7 @@ def test_a_configuration_is_read_strictly(tmp_path: Path) -> None:
         with pytest.raises(GenattError, match=error) as caught:
             read(path, {})
         assert "\n" not in str(caught.value)
+        assert str(caught.value).count("known: ") <= 1
     with pytest.raises(GenattError, match="cannot read"):
         read(tmp_path / "none.yaml", {})
 
@@ -248,20 +254,139 @@ def test_a_model_fitted_to_some_rows_meets_those_it_never_saw() -> None:
     rows, timed = _synthetic(config)
     found = modelled(rows, timed, config)
     assert found["met"]
-    assert found["errors"]["held out"]["largest"] < 0.05
-    assert {row["split"] for row in rows} == {"fitted", "held out"}
+    assert found["errors"][ALONE]["largest"] < 0.05
+    assert found["errors"][TOGETHER]["largest"] < 0.05
+    assert {row["split"] for row in rows} == {FITTED, ALONE, TOGETHER}
+    assert {row["split"] for row in rows if row["ranks"] == 2 and not row["independent"]} == {TOGETHER}
     assert found["alpha_beta"]["2"]["all_reduce"]["alpha"] == pytest.approx(2e-4)
 
 
-def test_without_rows_to_fit_to_there_is_no_model_and_it_says_so() -> None:
-    some = {"steps": "10", "items": "300", "full_items": [], "select": ("steps=10", "table=replicated")}
-    config = read(None, TINY | some)
+def test_rows_of_several_ranks_are_told_beside_what_one_rank_takes() -> None:
+    config = read(None, TINY | {"steps": "1,10", "items": "300", "full_items": [], "batch": 16})
     rows, timed = _synthetic(config)
-    assert "not fitted" in modelled(rows, timed, config)["note"]
+    told = modelled(rows, timed, config)["errors"][TOGETHER]
+    several = [row for row in rows if row["split"] == TOGETHER]
+    single = {(row["steps"], row["table"]): row for row in rows if row["ranks"] == 1 and row["batch"] == 16}
+    for row in several:
+        one = single[row["steps"], row["table"]]
+        assert row["null_error"] == pytest.approx(one["ms_per_step"] / row["ms_per_step"] - 1, abs=1e-4)
+        assert row["model_weak_efficiency"] == pytest.approx(one["model_ms"] / row["model_ms"], abs=1e-4)
+    assert told["rows"] == told["null_model"]["rows"] == told["weak_efficiency"]["cells"] == len(several) == 6
+    assert told["null_model"]["median"] > 0.2  # two busy cores are 1.3 times as slow here
+    assert told["bias"] == pytest.approx(sum(row["model_error"] for row in several) / 6, abs=1e-4)
+    assert told["weak_efficiency"]["loss_explained"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_slowest_of_ranks_leads_by_what_is_known() -> None:
+    """Of two and three normal variables: 1/√π and 3/(2√π)."""
+    assert lead(1) == 0
+    assert lead(2) == pytest.approx(1 / math.sqrt(math.pi), abs=1e-3)
+    assert lead(3) == pytest.approx(1.5 / math.sqrt(math.pi), abs=1e-3)
+
+
+def test_waiting_is_what_steps_of_independent_processes_vary() -> None:
+    """Two processes whose mean has a tenth between its tenths: each varies √2 times as much."""
+    rows = [{"ranks": 2, "ms_per_step": 100.0, "ms_p10": 95.0, "ms_p90": 105.0}]
+    assert deviation(rows) == pytest.approx(math.sqrt(2) * 0.1 / 2.5631, rel=1e-4)
+    assert deviation([rows[0] | {"ms_p10": None, "ms_p90": None}]) == 0
+    config = read(None, TINY | {"steps": "1,10", "items": "300", "full_items": [], "batch": 16})
+    rows, timed = _synthetic(config)
+    modelled(rows, timed, config)
+    assert {row["model_waiting_ms"] for row in rows if row["split"] == TOGETHER} == {0}
+    for row in rows:
+        if row["independent"]:
+            row |= {"ms_p10": 0.9 * row["ms_per_step"], "ms_p90": 1.1 * row["ms_per_step"]}
+    found = modelled(rows, timed, config)
+    assert found["deviation_of_a_step"]["2"] == pytest.approx(math.sqrt(2) * 0.2 / 2.5631, rel=1e-3)
+    for row in rows:
+        if row["split"] == TOGETHER:
+            assert row["model_error"] > row["unwaited_error"] + 0.03
+            assert row["model_waiting_ms"] / row["model_ms"] < 0.2 / 2.5631 * math.sqrt(2 / math.pi)
+
+
+@pytest.mark.parametrize("some", [{"steps": "10", "select": ("steps=10",)}, {"steps": "1", "select": ("steps=1",)}])
+def test_with_fewer_rows_than_weights_there_is_no_model_and_it_says_so(some: dict[str, Any]) -> None:
+    config = read(None, TINY | some | {"items": "300", "full_items": [], "batch": 16, "tables": "sharded"})
+    rows, timed = _synthetic(config)
+    assert "not fitted: " in modelled(rows, timed, config)["note"]
+    assert not any("model_ms" in row for row in rows)
+
+
+def test_rows_are_judged_again_and_by_the_model_of_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.scaling.draw.draw", lambda *_: [])  # seconds a figure
+    monkeypatch.setattr("benchmarks.scaling.extrapolate.extrapolated", lambda *_: {})
+    config = read(None, TINY | {"steps": "1,10", "items": "300", "full_items": [], "batch": 16})
+    rows, timed = _synthetic(config)
+    whole = {"command": command(config), "config": config.model_dump(mode="json"), "collectives": timed, "rows": rows}
+    first = tmp_path / "whole.json"
+    finish(whole, config, first, SILENT)
+    again(first, tmp_path / "again.json", SILENT)
+    assert (tmp_path / "again.json").read_text() == first.read_text()
+
+    some = read(None, TINY | {"steps": "10", "items": "300", "full_items": [], "batch": 16, "mode": "weak"})
+    few, _ = _synthetic(some)
+    result = {"config": some.model_dump(mode="json"), "collectives": timed, "rows": few}
+    second = tmp_path / "few.json"
+    finish(result, some, second, SILENT)
+    judged_by = again(second, tmp_path / "judged.json", SILENT, first)["model"]
+    assert judged_by["fitted_in"] == "whole.json"
+    assert FITTED not in judged_by["errors"]
+    assert judged_by["errors"][TOGETHER]["largest"] < 0.05
+    assert judged_by["seconds_of_one"] == json.loads(first.read_text())["model"]["seconds_of_one"]
+
+
+def test_what_cannot_be_judged_again_is_named(tmp_path: Path) -> None:
+    path, config = tmp_path / "a.json", read(None, TINY | {"steps": "10", "items": "300", "full_items": []})
+    with pytest.raises(GenattError, match="cannot read"):
+        again(path, tmp_path / "b.json", SILENT)
+    for text in ("{", "[]", '{"rows": []}', '{"config": {"a": 1}, "collectives": {}, "rows": [{}]}'):
+        path.write_text(text)
+        with pytest.raises(GenattError, match="holds no rows of `genatt bench scaling`"):
+            again(path, tmp_path / "b.json", SILENT)
+    rows = rows_of([_measured(Spec(batch=8), 1.0)])
+    head = {"config": config.model_dump(mode="json"), "collectives": {}, "rows": rows}
+    path.write_text(json.dumps(head | {"model": {"note": "not fitted"}}))
+    with pytest.raises(GenattError, match="holds no fitted model: name the results of a larger grid"):
+        run(config, tmp_path / "b.json", None, SILENT, path)
+    saved = {"seconds_of_one": {}, "deviation_of_a_step": {}, "alpha_beta": {}}
+    path.write_text(json.dumps(head | {"model": saved}))
+    with pytest.raises(GenattError, match="not 1,2: measure it with --ranks 1,2"):
+        run(config, tmp_path / "b.json", None, SILENT, path)
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_rows_none_of_which_was_measured_end_with_a_mistake(tmp_path: Path) -> None:
+    config = read(None, TINY | {"steps": "50", "items": "300", "full_items": []})
+    failed = [Measured(spec) for spec in config.rows(config.cells[0])]
+    for one in failed:
+        one.status, one.note = "out_of_memory", "would take 9 MiB of 1 MiB"
+    result = {"config": config.model_dump(mode="json"), "collectives": {}, "rows": rows_of(failed)}
+    said = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
+    with pytest.raises(
+        GenattError, match=r"none of 6 rows was measured \(6 out_of_memory\), the first: would take"
+    ) as no:
+        finish(result, config, tmp_path / "a.json", said)
+    assert no.value.exit_code == 2
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 6
+    assert "figures" not in said.export_text()
+
+
+def test_what_more_ranks_cost_adds_up_and_is_the_readmes_table() -> None:
+    assert {part for parts_ in COLUMNS.values() for part in parts_} < {*PARTS, WAITING}
+    result, _ = read_results(Path("benchmarks/results/scaling.json"))
+    found = growth(result["rows"])
+    assert len(found) == 30
+    for one in found:
+        before, after = one["ms"]
+        assert sum(one["more"].values()) == pytest.approx(after - before, abs=0.002 * after)
+    readme = Path("README.md").read_text()
+    assert markdown(result["rows"], ["steps=none,50", "items=10000,100000"]) in readme
 
 
 def test_results_are_written_and_drawn(tmp_path: Path) -> None:
-    config = read(None, TINY | {"steps": "50", "items": "300", "full_items": [], "batch": 16, "tables": "sharded"})
+    config = read(None, TINY | {"steps": "1,10", "items": "300", "full_items": [], "batch": 16})
     rows, timed = _synthetic(config)
     out = tmp_path / "scaling.json"
     said = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
@@ -296,6 +421,30 @@ def test_a_row_that_plainly_fits_needs_no_plan_and_one_that_does_not_says_how_mu
 def test_figures_may_not_overwrite_rows(tmp_path: Path) -> None:
     with pytest.raises(GenattError, match="figures get that name"):
         run(FULL, tmp_path / "a.png", None, SILENT)
+
+
+def test_a_ray_that_nobody_named_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("joined one"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(GenattError, match="RAY_ADDRESS is not set: set it"), ray_workers.connected():
+        pass
+
+
+def test_the_ray_that_is_joined_is_the_one_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(address: str, **_: object) -> None:
+        raise ConnectionError(f"nobody at {address}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    said = "cannot connect to RAY_ADDRESS=127.0.0.1:1: nobody at 127.0.0.1:1: see whether it runs"
+    with pytest.raises(GenattError, match=said), ray_workers.connected():
+        pass
 
 
 # --- live -------------------------------------------------------------------------------------------------------------
@@ -368,7 +517,8 @@ def test_the_scaling_benchmark_measures_two_ranks_and_exports_traces(tmp_path: P
     assert two["parts_ms"].keys() == {*PARTS, WAITING}
     assert sum(two["parts_ms"].values()) == pytest.approx(two["ms_per_step"], rel=0.01)
     assert two["weak_efficiency"] > 0
-    assert "model_error" in two
+    assert two["split"] == TOGETHER
+    assert "not fitted" in result["model"]["note"]
     assert json.loads(out.read_text())["rows"] == result["rows"]
     trace = json.loads(next(traces.glob("*-2-*.json")).read_text())
     assert set(SECTIONS) <= {event["name"] for event in trace["traceEvents"] if "name" in event}

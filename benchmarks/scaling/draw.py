@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.scaling.breakdown import PARTS
 from benchmarks.scaling.extrapolate import MARK
-from benchmarks.scaling.grid import Spec
+from benchmarks.scaling.judge import ALONE, FITTED, TOGETHER, spec_of
 from benchmarks.scaling.measure import WAITING
 
 Row = Mapping[str, Any]
-_BLUE, _ORANGE = "#1f6feb", "#d1672a"
+_BLUE, _ORANGE, _GREY = "#1f6feb", "#d1672a", "#888888"
 _DASHES = {"replicated": "-", "sharded": "--"}
 _WIDTH = 6.0
 
@@ -40,10 +40,6 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _spec(row: Row) -> Spec:
-    return Spec(**{name: row[name] for name in Spec.model_fields})
 
 
 def _is_weak(row: Row) -> bool:
@@ -83,9 +79,7 @@ def _throughput(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> N
                     ceiling = [
                         row["weak_efficiency"] / row["of_ceiling"] if row["of_ceiling"] else None for row in some
                     ]
-                    below.plot(
-                        at, ceiling, dash, color="#888888", label=f"ceiling: processes that share nothing, {table}"
-                    )
+                    below.plot(at, ceiling, dash, color=_GREY, label=f"ceiling: processes that share nothing, {table}")
         below.axhline(0.95, color="black", linewidth=0.8, linestyle=":")
         above.set_title(f"{items:,} items, {'full' if full else 'sampled'} softmax", fontsize=9)
         above.set_ylim(bottom=0)
@@ -117,7 +111,9 @@ def _breakdown(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> No
         values = [row["parts_ms"].get(name, 0.0) for row in some]
         axes.barh(range(len(some)), values, left=left, label=name, color=colormaps["tab20"](index))
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(some)), [f"{_spec(row).cell.label}, {row['ranks']} rank(s)" for row in some], fontsize=7)
+    axes.set_yticks(
+        range(len(some)), [f"{spec_of(row).cell.label}, {row['ranks']} rank(s)" for row in some], fontsize=7
+    )
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a step: shares by torch.profiler, of steps that are not profiled")
     figure.legend(fontsize=7, loc="outside lower center", ncols=5)
@@ -125,10 +121,10 @@ def _breakdown(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> No
 
 
 def _model(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
-    """Left: measured rows. Right: clusters, which nobody measured."""
-    figure = _figure(2 * _WIDTH, 4.6)
-    held, beyond = figure.subplots(1, 2)
-    for split, marker, colour in (("fitted", "o", _BLUE), ("held out", "^", _ORANGE)):
+    """Left: measured rows. Middle: weak efficiency of each cell. Right: clusters, which nobody measured."""
+    figure = _figure(2.8 * _WIDTH, 4.6)
+    held, weak, beyond = figure.subplots(1, 3)
+    for split, marker, colour in ((FITTED, "o", _BLUE), (ALONE, "^", _GREY), (TOGETHER, "s", _ORANGE)):
         some = [row for row in rows if row["split"] == split]
         at = [row["ms_per_step"] for row in some], [row["model_ms"] for row in some]
         held.scatter(*at, s=16, marker=marker, color=colour, label=f"{split}: {len(some)} rows")
@@ -139,6 +135,16 @@ def _model(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
     held.set(xscale="log", yscale="log", xlabel="measured, milliseconds a step", ylabel="model, milliseconds a step")
     held.set_title("Model against rows of this machine (dotted: 15 %)", fontsize=9)
     held.legend(fontsize=7)
+    pairs = [(row["weak_efficiency"], row["model_weak_efficiency"]) for row in rows if row.get("model_weak_efficiency")]
+    weak.scatter([found for found, _ in pairs], [model for _, model in pairs], s=16, marker="s", color=_ORANGE)
+    within = [
+        0.98 * min((min(pair) for pair in pairs), default=0.8),
+        1.02 * max((max(pair) for pair in pairs), default=1),
+    ]
+    weak.plot(within, within, color="black", linewidth=0.8)
+    weak.set(xlim=within, ylim=within, xlabel="measured", ylabel="model")
+    weak.set_title(f"Weak efficiency: model against {len(pairs)} cells of this machine", fontsize=9)
+    weak.grid(alpha=0.25)
     extrapolation = result["extrapolation"]
     curves: dict[tuple[str, str], list[Row]] = {}
     for row in extrapolation["rows"]:
@@ -154,6 +160,6 @@ def _model(rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
     beyond.set_ylim(0, 1.1)
     beyond.set(xlabel="GPUs", ylabel="weak efficiency over one GPU")
     beyond.set_title("\n".join(wrap(f"{MARK}: {extrapolation['what']}", 70)), fontsize=8)
-    beyond.text(0.5, 0.5, MARK, transform=beyond.transAxes, ha="center", color="#888888", fontsize=16, alpha=0.5)
+    beyond.text(0.5, 0.5, MARK, transform=beyond.transAxes, ha="center", color=_GREY, fontsize=16, alpha=0.5)
     beyond.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -1,8 +1,9 @@
 """From the ranks that were measured to clusters that were not: a model, and marked as one wherever it appears.
 
-What a rank computes and what ranks exchange are counted as for the measured rows, whose model is held against rows it
-was not fitted to. Nothing of this machine's times goes in: what one of each costs on a GPU and its network are the
-constants of `genatt_dist/plan/hardware.py`, data sheets and assumptions that nothing here was measured against.
+Only the counts are those of the measured rows: what a rank computes and what ranks exchange. Nothing of this machine's
+times goes in, neither α and β nor waiting: what one of each costs on a GPU and its network are the constants of
+`genatt_dist/plan/hardware.py`, data sheets and assumptions that nothing here was measured against. The errors of the
+fitted model are therefore not those of this one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def extrapolated(max_len: int, width: int) -> dict[str, Any]:
                     )
     return {
         "mark": MARK,
-        "what": f"weak scaling on {GPU}, {PER_NODE} a node, {BATCH} sequences a GPU, over one GPU; nothing overlaps",
+        "what": f"weak scaling on {GPU}, {PER_NODE} a node, {BATCH} sequences a GPU, over one GPU; no overlap, no wait",
         "constants": machine.source,
         "rows": rows,
     }

@@ -206,7 +206,7 @@ def read(path: Path | None, given: dict[str, Any]) -> ScalingConfig:
     try:
         return ScalingConfig.model_validate(tree | given)
     except ValidationError as error:
-        raise GenattError(f"{path or 'bench scaling'}: " + "; ".join(_explain(one) for one in error.errors())) from None
+        raise GenattError(f"{path or 'bench scaling'}: {_explained(error.errors())}") from None
 
 
 def select(cells: Sequence[Cell], filters: Sequence[str]) -> list[Cell]:
@@ -237,9 +237,19 @@ def _near(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
+def _explained(errors: Sequence[Any]) -> str:
+    """All of them; the keys that nothing given is near to share one list of those there are."""
+    known = list(ScalingConfig.model_fields)
+    unknown = [str(error["loc"][0]) for error in errors if error["type"] == "extra_forbidden"]
+    strange = [name for name in unknown if not difflib.get_close_matches(name, known)]
+    said = [_explain(error) for error in errors if error["type"] != "extra_forbidden"]
+    said += [f"unknown key {name}: {_near(name, known)}" for name in unknown if name not in strange]
+    if strange:
+        said.append(f"unknown key{'s' * (len(strange) > 1)} {', '.join(strange)}: known: {', '.join(known)}")
+    return "; ".join(said)
+
+
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"][:1])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {name}: {_near(name, list(ScalingConfig.model_fields))}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}={error['input']!r}: {message[:1].lower()}{message[1:]}" if name else message

@@ -2,14 +2,17 @@
 
 Computing costs a fixed time for each floating-point operation, byte and operation that the plan counts (`features`),
 none of them negative, fitted by least squares of the relative error. A machine whose cores are all busy has times of
-its own: those are fitted to processes that run at once and share nothing. What ranks wait for each other's unequal
-steps is not in the model.
+its own: those are fitted to processes that run at once and share nothing. Their steps are unequal, and ranks that meet
+in every step wait for the slowest: its expected lead, were steps of R ranks independent and normal. Ranks meet more
+than once in a step, so that this is the least they wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist, fmean
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,27 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 TOLERANCE = 0.15
+_QUANTILES = 10_000
+_TENTHS = 2 * NormalDist().inv_cdf(0.9)  # standard deviations between the first and the last tenth of a normal
+
+
+@cache
+def lead(ranks: int) -> float:
+    """Standard deviations by which the slowest of `ranks` independent normal steps exceeds their mean, on average."""
+    chances = ((number + 0.5) / _QUANTILES for number in range(_QUANTILES))
+    return fmean(NormalDist().inv_cdf(chance ** (1 / ranks)) for chance in chances) if ranks > 1 else 0.0
+
+
+def deviation(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Standard deviation of one process's step over its time, the mean of rows of independent processes. Their steps
+    are means over `ranks` processes, which vary less by the root of that. 0 where no row has more than one step.
+    """
+    spreads = [
+        row["ranks"] ** 0.5 * (row["ms_p90"] - row["ms_p10"]) / _TENTHS / row["ms_per_step"]
+        for row in rows
+        if row["ms_p10"] is not None
+    ]
+    return fmean(spreads) if spreads else 0.0
 
 
 def nonnegative(columns_NK: Floats, seconds_N: Floats) -> Floats:
@@ -96,21 +120,55 @@ class Measured:
 
 @dataclass(frozen=True)
 class Model:
-    """weights: seconds of one of each of `features.NAMES`, by how many cores are busy. links: by number of ranks."""
+    """weights: seconds of one of each of `features.NAMES`, by how many cores are busy. links: by number of ranks.
+    deviations: of a step over its time, by how many cores are busy; none where nothing waits.
+    """
 
     weights: Mapping[int, Floats]
     links: Mapping[int, Measured]
+    deviations: Mapping[int, float]
 
     @staticmethod
     def fit(
         amounts: Mapping[int, Sequence[Floats]],
         seconds: Mapping[int, Sequence[float]],
         collectives: Mapping[int, Sequence[Mapping[str, Any]]],
+        deviations: Mapping[int, float] | None = None,
     ) -> Model:
         """amounts, seconds: of the rows to fit to, by busy cores. collectives: timings by number of ranks."""
         weights = {busy: nonnegative(np.stack(rows), np.asarray(seconds[busy])) for busy, rows in amounts.items()}
-        return Model(weights, {ranks: Measured.fit(ranks, rows) for ranks, rows in collectives.items()})
+        links = {ranks: Measured.fit(ranks, rows) for ranks, rows in collectives.items()}
+        return Model(weights, links, deviations or {})
+
+    def saved(self, names: Sequence[str]) -> dict[str, Any]:
+        """What a file of results holds of it; `read` takes it back. names: of the weights."""
+        return {
+            "seconds_of_one": {
+                str(busy): dict(zip(names, map(float, weights), strict=True)) for busy, weights in self.weights.items()
+            },
+            "deviation_of_a_step": {str(busy): float(f"{each:.4g}") for busy, each in self.deviations.items()},
+            "alpha_beta": {
+                str(ranks): {kind: {"alpha": line.alpha, "beta": line.beta} for kind, line in link.lines.items()}
+                for ranks, link in self.links.items()
+            },
+        }
+
+    @staticmethod
+    def read(saved: Mapping[str, Any], names: Sequence[str]) -> Model:
+        """Raises KeyError where something is missing."""
+        return Model(
+            {int(busy): np.array([each[name] for name in names]) for busy, each in saved["seconds_of_one"].items()},
+            {
+                int(ranks): Measured(int(ranks), {kind: Line(**line) for kind, line in lines.items()})
+                for ranks, lines in saved["alpha_beta"].items()
+            },
+            {int(busy): float(each) for busy, each in saved["deviation_of_a_step"].items()},
+        )
 
     def computing(self, amounts: Floats, busy: int) -> float:
         """Seconds of what one rank computes while `busy` cores are."""
         return float(amounts @ self.weights[busy])
+
+    def waiting(self, computing: float, world_size: int) -> float:
+        """Seconds that a rank which computes so long waits for the slowest of its process group."""
+        return computing * lead(world_size) * self.deviations.get(world_size, 0.0)

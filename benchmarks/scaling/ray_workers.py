@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import GenattError
+from data_pipeline.redaction import one_line
 from data_pipeline.signals import own_sigterm
 
 _ROOT = Path(__file__).parents[2]
@@ -52,7 +53,8 @@ class _Place:
 
 @contextmanager
 def connected() -> Iterator[str]:
-    """This node's address, inside the Ray of the environment: that of the job, or one joined here and left again.
+    """This node's address, inside the Ray that this process is connected to, or RAY_ADDRESS's, joined here and left
+    again. No other one that may run on this machine: it is somebody else's.
 
     Raises GenattError where there is none.
     """
@@ -60,19 +62,22 @@ def connected() -> Iterator[str]:
 
     joined = not ray.is_initialized()
     if joined:
+        address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise GenattError(
+                "launcher=ray: RAY_ADDRESS is not set: set it to the cluster's address, or submit the benchmark as a "
+                "job (`genatt submit benchmark`)"
+            )
         try:
             # Nodes that did not start this program get its packages.
             packages = [str(_ROOT / name) for name in ("benchmarks", "data_pipeline", "genatt_dist")]
             environment = {"py_modules": packages, "excludes": ["results", "*.png"]}
             with own_sigterm():
-                ray.init(
-                    address="auto", runtime_env=environment, log_to_driver=bool(os.environ.get("BENCHMARK_STDERR"))
-                )
-        except ConnectionError:
+                ray.init(address, runtime_env=environment, log_to_driver=bool(os.environ.get("BENCHMARK_STDERR")))
+        except Exception as error:  # Ray raises half a dozen kinds
             raise GenattError(
-                "launcher=ray: no Ray runs here: submit the benchmark as a job (`genatt submit benchmark`), or set "
-                "RAY_ADDRESS"
-            ) from None
+                f"launcher=ray: cannot connect to RAY_ADDRESS={address}: {one_line(error)}: see whether it runs"
+            ) from error
     try:
         yield str(ray.util.get_node_ip_address())
     finally:

@@ -85,10 +85,16 @@ def bench_scaling(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small grid of small batches.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Directory for a chrome trace of every row.")] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Results whose rows are judged and drawn again; nothing is measured.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Results whose cost model is held against all rows; none is fitted to them.")
+    ] = None,
 ) -> None:
     """Weak and strong scaling of the training step over ranks, T and catalogue; a cost model held against it."""
+    from benchmarks.scaling import run
     from benchmarks.scaling.grid import QUICK, read
-    from benchmarks.scaling.run import run
 
     words = {"ranks": ranks, "steps": steps, "items": items, "full_items": full_items, "few_steps": few_steps}
     words |= {"tables": tables, "mode": mode, "launcher": launcher}
@@ -102,4 +108,9 @@ def bench_scaling(
     others |= {"memory_mb": memory_mb, "select": select or None}
     given: dict[str, object] = {name: value for name, value in words.items() if value}
     given |= {name: value for name, value in others.items() if value is not None}
-    run(read(config, (QUICK if quick else {}) | given), out, trace, stderr())
+    if again is None:
+        run.run(read(config, (QUICK if quick else {}) | given), out, trace, stderr(), model)
+        return
+    if given or quick or config or trace:
+        raise typer.BadParameter(f"--again {again} measures nothing: with it go --model and --out alone")
+    run.again(again, out, stderr(), model)
