@@ -20,6 +20,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, WorkerCrashedError
 
 from data_pipeline.errors import GenattError
+from data_pipeline.ray_address import ray_address
 from data_pipeline.ray_head import RayHead
 from data_pipeline.signals import own_sigterm
 from data_pipeline.storage import check_access, one_line
@@ -125,7 +126,7 @@ def cpus() -> int:
 
 def _start(num_cpus: int | None, object_store_bytes: int | None) -> RayHead | None:
     """Connect to the cluster of RAY_ADDRESS, or to a Ray that is started here, which is returned."""
-    cluster, head = os.environ.get("RAY_ADDRESS"), None
+    cluster, head = ray_address(), None
     if not cluster:
         own = {
             "num_cpus": num_cpus,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -437,14 +438,16 @@ def test_the_ray_that_is_joined_is_the_one_of_the_environment(monkeypatch: pytes
     import ray
 
     def refuse(address: str, **_: object) -> None:
-        raise ConnectionError(f"nobody at {address}")
+        raise ConnectionError(f"not for you at {address}")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    said = "cannot connect to RAY_ADDRESS=127.0.0.1:1: nobody at 127.0.0.1:1: see whether it runs"
-    with pytest.raises(GenattError, match=said), ray_workers.connected():
-        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        said = f"cannot connect to RAY_ADDRESS={address}: not for you at {address}: see whether it runs"
+        with pytest.raises(GenattError, match=said), ray_workers.connected():
+            pass
 
 
 # --- live -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import GenattError
+from data_pipeline.ray_address import ray_address
 from data_pipeline.redaction import one_line
 from data_pipeline.signals import own_sigterm
 
@@ -62,8 +63,7 @@ def connected() -> Iterator[str]:
 
     joined = not ray.is_initialized()
     if joined:
-        address = os.environ.get("RAY_ADDRESS")
-        if not address:
+        if not (address := ray_address()):
             raise GenattError(
                 "launcher=ray: RAY_ADDRESS is not set: set it to the cluster's address, or submit the benchmark as a "
                 "job (`genatt submit benchmark`)"

@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline import ray_head
 from data_pipeline.errors import GenattError
+from data_pipeline.ray_address import ray_address
 from data_pipeline.ray_head import RayHead
 
 FAILS = """
@@ -51,3 +52,16 @@ def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(GenattError, match=r"Ray cannot start: its process ended with code -9"):
         head(monkeypatch, tmp_path, 0, "import time; time.sleep(60)")
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999999"])
+def test_a_ray_that_does_not_answer_is_told_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(GenattError, match=f"no Ray answers at RAY_ADDRESS={address}: .*unset it"):
+        ray_address()
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local"])
+def test_other_words_are_rays_own(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert ray_address() == (address or None)
