@@ -17,7 +17,7 @@ import psutil
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOOK_SECONDS = 0.1
 _KILLED_SECONDS = 5.0  # until the kernel has ended what got SIGKILL
-STOP, NOW = 1, 2  # what `asked` says: end in order, end at once
+STOP, NOW = signal.SIGTERM, signal.SIGKILL  # what `asked` says: end in order, end at once
 
 
 class Group:
@@ -44,18 +44,18 @@ class Group:
     def wait(self, asked: Callable[[], int], stop_seconds: float) -> int:
         """The program's exit code, once nothing of the group is left.
 
-        Once `asked()` is STOP, all get SIGTERM, and SIGKILL after `stop_seconds` (or when it is NOW). What the program
-        leaves behind has as long.
+        Once `asked()` is a signal, STOP or another, and not 0, all get it, and SIGKILL after `stop_seconds` (or when it
+        is NOW). What the program leaves behind has as long.
         """
         deadline: float | None = None
         while (running := self.process.poll() is None) or self._members():
-            level = asked()
-            if level and deadline is None:
-                self._signal(signal.SIGTERM)
-            if deadline is None and (level or not running):
-                deadline = time.monotonic() + stop_seconds
-            if deadline is not None and (level >= NOW or time.monotonic() > deadline):
+            number = asked()
+            if number == NOW or (deadline is not None and time.monotonic() > deadline):
                 break
+            if deadline is None and number:
+                self._signal(number)
+            if deadline is None and (number or not running):
+                deadline = time.monotonic() + stop_seconds
             time.sleep(_LOOK_SECONDS)
         self.kill()
         return self.process.wait()
@@ -75,7 +75,7 @@ class Group:
             time.sleep(_LOOK_SECONDS)
         self._over = True
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: int) -> None:
         self._note_descendants()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)

@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import GenattError, ResumableError
-from genatt_dist.launch import rank
+from genatt_dist.launch import ending, rank
 from genatt_dist.launch.environment import between_hosts, travelling, with_python, worker_environment
 from genatt_dist.launch.group import NOW, STOP, Group
 from genatt_dist.launch.network import free_port
@@ -28,11 +27,11 @@ from genatt_dist.launch.orphan import LAUNCHER_PID
 from genatt_dist.launch.places import Place
 from genatt_dist.training.heartbeat import HEARTBEAT
 from genatt_dist.training.options import TrainingConfig
-from genatt_dist.training.stopped import STOPPED
 
 _WORKER = "genatt_dist.launch.worker"
 _GRACE_SECONDS = 10
 _ONE_PRESS_SECONDS = 1.0
+_WITHOUT_MIDDLE = ("process", "slurm")  # the worker is the child; programs between answer SIGINT by a traceback
 # How names begin that the deepspeed launcher, by itself, puts on command lines with what they are here.
 _SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
@@ -40,25 +39,24 @@ _SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 def launch(run: Path, launcher: str, training: TrainingConfig, place: Place, resume: bool = False) -> None:
     """Run the ranks of `place` to their end. SIGTERM and Ctrl-C ask them to stop; a second Ctrl-C ends them at once.
 
-    Raises ResumableError when they stopped in order, GenattError when they fail or cannot be started.
+    Raises ResumableError when they stopped in order or were killed, GenattError when they fail or cannot be started.
     """
     if place.first:
-        for word in (STOPPED, HEARTBEAT):  # of an earlier start
-            (run / word).unlink(missing_ok=True)
+        ending.forget(run)
     place.begin(run)
     # The directory has no option of its own: torchrun would take `--run` for an abbreviation of its `--run-path`.
     arguments = [str(run.absolute()), "--launcher", launcher, *(["--resume"] if resume else [])]
     environment = _environment(place)
-    grace = training.stop_seconds + _GRACE_SECONDS
+    grace = (training.stop_seconds + _GRACE_SECONDS) * (2 if place.machines else 1)
     with tempfile.TemporaryDirectory(prefix="genatt-") as scratch, _signals() as received:
         command = _COMMANDS[launcher](Start(place, arguments, environment, training, Path(scratch)))
         group = Group(command, environment)
         try:
             begun = _Beginning(run, place)
-            code = group.wait(lambda: _level(received) or begun.late(), grace * (2 if place.machines else 1))
+            code = group.wait(lambda: _asked(received, launcher) or begun.late(), grace)
         finally:
             group.kill()
-    _tell_stopped(run)
+    ending.tell_stopped(run)
     if code and begun.late():
         raise GenattError(
             f"no rank of {run} began within {place.hosts.start_seconds:.0f} s under --ssh={place.hosts.shell}; its "
@@ -70,6 +68,7 @@ def launch(run: Path, launcher: str, training: TrainingConfig, place: Place, res
         )
     if received:
         _raise_again(received[0][0])
+    ending.tell_killed(run, code, training.checkpoint)
     if code:
         raise GenattError(
             f"training in {run} ended with exit code {code} under launcher={launcher}; its messages are above"
@@ -108,20 +107,6 @@ def _environment(place: Place) -> dict[str, str]:
     return environment if place.alone else between_hosts(environment, place.master)
 
 
-def _tell_stopped(run: Path) -> None:
-    """Whether the ranks said that they stopped in order: their launchers' own exit codes do not tell."""
-    try:
-        stopped: dict[str, Any] = json.loads((run / STOPPED).read_text())
-    except (OSError, ValueError):
-        return
-    checkpoint = stopped.get("checkpoint")
-    how = f"go on from the checkpoint of step {checkpoint} by the same command with --resume"
-    if checkpoint is None:
-        how = f"there is no checkpoint yet: begin afresh, with {run} removed if it is still there"
-    where = f"at step {stopped.get('step')}, epoch {stopped.get('epoch')}"
-    raise ResumableError(f"{run} stopped {where}: {stopped.get('reason')}; {how}")
-
-
 @contextmanager
 def _signals() -> Iterator[list[tuple[int, float]]]:
     """SIGTERM and SIGINT and when they came, instead of what they would do: workers are to stop first."""
@@ -140,10 +125,14 @@ def _signals() -> Iterator[list[tuple[int, float]]]:
             signal.signal(number, handler)
 
 
-def _level(received: list[tuple[int, float]]) -> int:
+def _asked(received: list[tuple[int, float]], launcher: str) -> int:
     """What `Group.wait` is to do. Only a second Ctrl-C ends at once: schedulers repeat SIGTERM."""
     presses = [when for number, when in received if number == signal.SIGINT]
-    return NOW if presses and presses[-1] - presses[0] > _ONE_PRESS_SECONDS else STOP if received else 0
+    if presses and presses[-1] - presses[0] > _ONE_PRESS_SECONDS:
+        return NOW
+    if not received:
+        return 0
+    return received[0][0] if launcher in _WITHOUT_MIDDLE else STOP
 
 
 def _raise_again(number: int) -> None:

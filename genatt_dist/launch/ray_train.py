@@ -27,6 +27,7 @@ from genatt_dist import config as configuration
 from genatt_dist import run_storage
 from genatt_dist.config import RunConfig
 from genatt_dist.embedding.feature_options import ContextFeature
+from genatt_dist.launch.ending import FAILED
 
 if TYPE_CHECKING:
     from genatt_dist.launch.ray_control import News
@@ -53,7 +54,7 @@ def fit(config: RunConfig, run: Path, resume: bool | None = None, storage: str |
     run = run.absolute()
     run.mkdir(parents=True, exist_ok=True)
     _check_checkpoints(config, run, resume)
-    for name in (_STOPPED, _SUMMARY):
+    for name in (_STOPPED, FAILED, _SUMMARY):
         (run / name).unlink(missing_ok=True)
         if storage:
             run_storage.remove(storage, name)

@@ -7,7 +7,8 @@ Exit codes:
   with --resume goes on; DIR/stopped.json says why and from where;
 - 1: another rank ended and says why, or a bug, which keeps its traceback;
 - 130: a second Ctrl-C, which ends it at once.
-Launchers have codes of their own (torchrun ends with 1 whatever its ranks end with).
+Launchers have codes of their own, so a rank that ends by a mistake or a bug says so in DIR/failed.json too: ranks that
+leave no word at all were killed, which is neither (launch/ending.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import warnings
 from pathlib import Path
 
 from data_pipeline.errors import GenattError, ResumableError
+from genatt_dist.launch.ending import write_failed
 from genatt_dist.launch.orphan import end_with_launcher
 from genatt_dist.training.preemption import handle_signals
 from genatt_dist.training.signs import is_lost_peer
@@ -54,15 +56,18 @@ def main() -> None:
             print(f"{told}: {error}", file=sys.stderr, flush=True)
         _leave(error.exit_code)
     except GenattError as error:
+        write_failed(arguments.run, error)
         if rank != "0":
             # Mostly rank 0 says the same and the launcher ends this process meanwhile;
             # an error of this rank alone is told.
             time.sleep(_RANK_0_FIRST_SECONDS)
         print(f"{told}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except RuntimeError as error:  # before the watchdog is at work
-        if not is_lost_peer(error):
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) and is_lost_peer(error)):
+            write_failed(arguments.run, error)
             raise
+        # Before the watchdog is at work.
         print(f"rank {rank}: another rank ended; it says why", file=sys.stderr, flush=True)
         sys.exit(1)
 

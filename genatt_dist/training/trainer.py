@@ -38,7 +38,6 @@ from genatt_dist.training.telemetry import Telemetry, write_environment
 from genatt_dist.training.update_log import UpdateLog
 from genatt_dist.training.validation import AbandonedError, Validation
 
-
 _FEW_SEQUENCES = 8  # of a rank, below which its step is mostly overhead
 
 
@@ -80,10 +79,11 @@ class Trainer:
         self._progress = Progress(sequences.manifest_hash, vocabulary_hash=manifest.vocabulary.sha256)
         shared_rows = collisions(path, manifest) if self._rank == 0 else None
         self._notes = [str(shared_rows)] if shared_rows else []
-        if self._world_size > 2 and config.training.batch_sequences < _FEW_SEQUENCES * self._world_size:
+        batch, ranks = config.training.batch_sequences, self._world_size
+        if ranks > 2 and batch < _FEW_SEQUENCES * ranks:
             self._notes.append(
-                f"training.batch_sequences={config.training.batch_sequences} is the global batch, "
-                f"{config.training.batch_sequences / self._world_size:.1f} a rank: raise it for {self._world_size} ranks"
+                f"training.batch_sequences={batch} is the global batch, {batch / ranks:.1f} a rank: raise it for {ranks} "
+                "ranks"
             )
         store = Store.of(run, config.training.checkpoint)
         if resume:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from data_pipeline.errors import GenattError, ResumableError
+from data_pipeline.errors import GenattError
 from genatt_dist.launch import environment as environment_of_ranks
 from genatt_dist.launch import launchers, slurm
 from genatt_dist.launch.environment import between_hosts, travelling
-from genatt_dist.launch.group import NOW, STOP, Group
-from genatt_dist.launch.hosts import Host, Hosts, endpoint, read_hostfile
+from genatt_dist.launch.hosts import Hosts, endpoint, read_hostfile
 from genatt_dist.launch.meeting import Meeting, check_seen, mark
 from genatt_dist.launch.network import ELSEWHERE, free_port, interface_towards, is_own
-from genatt_dist.launch.places import Place, take
+from genatt_dist.launch.places import Place
 from genatt_dist.launch.rank import place as place_of_rank
 from genatt_dist.training.options import TrainingConfig
-from genatt_dist.training.stopped import STOPPED
 
 
 class TestHostfile:
@@ -223,80 +217,3 @@ class TestMeeting:
         check_seen(tmp_path, token, "b", 1)
         with pytest.raises(GenattError, match=r"host b does not see in run directory .* a file system that all hosts"):
             check_seen(tmp_path / "other", token, "b", 0.1)
-
-
-_OBEDIENT = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"
-_DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-
-
-class TestGroup:
-    def _started(self, program: str) -> Group:
-        group = Group([sys.executable, "-c", program], os.environ | {"PYTHONUNBUFFERED": "1"})
-        time.sleep(0.5)
-        return group
-
-    def test_asked_to_stop_it_may_finish(self) -> None:
-        assert self._started(_OBEDIENT).wait(lambda: STOP, 20) == 75
-
-    def test_it_is_ended_after_a_time(self) -> None:
-        started = time.monotonic()
-        assert self._started(_DEAF).wait(lambda: STOP, 1) == -signal.SIGKILL
-        assert time.monotonic() - started < 10
-
-    def test_asked_twice_it_is_ended_at_once(self) -> None:
-        started = time.monotonic()
-        assert self._started(_DEAF).wait(lambda: NOW, 60) == -signal.SIGKILL
-        assert time.monotonic() - started < 10
-
-    def test_what_it_leaves_behind_is_ended(self, tmp_path: Path) -> None:
-        started = f"subprocess.Popen([sys.executable, '-c', {_DEAF!r}]).pid"
-        leave = f"import pathlib, subprocess, sys; pathlib.Path(sys.argv[1]).write_text(str({started}))"
-        group = Group([sys.executable, "-c", leave, str(tmp_path / "pid")], os.environ)
-        assert group.wait(lambda: 0, 1) == 0
-        pid = int((tmp_path / "pid").read_text())
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-class TestHowALaunchEnds:
-    @pytest.fixture
-    def launched(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-        """Launches a program in place of the ranks; `run` is its directory."""
-
-        def launched(program: str) -> None:
-            command = [sys.executable, "-c", f"import pathlib, sys; run = pathlib.Path({str(tmp_path)!r}); {program}"]
-            monkeypatch.setitem(launchers._COMMANDS, "process", lambda start: command)
-            with take("process", Hosts(), 1) as place:
-                launchers.launch(tmp_path, "process", TrainingConfig(stop_seconds=1), place)
-
-        return launched
-
-    def test_ranks_that_stopped_in_order_can_go_on(self, launched: Callable[[str], None], tmp_path: Path) -> None:
-        """Whatever the launcher's exit code: torchrun's is always 1."""
-        facts = '{"reason": "SIGTERM", "step": 7, "epoch": 1, "checkpoint": 7}'
-        with pytest.raises(ResumableError, match=r"stopped at step 7, epoch 1: SIGTERM; go on from the checkpoint of"):
-            launched(f"(run / 'stopped.json').write_text({facts!r}); sys.exit(1)")
-
-    def test_ranks_that_could_not_say_so_can_go_on_too(self, launched: Callable[[str], None]) -> None:
-        """Stopped while a resumed run began, or rank 0's host was lost, or its word is not seen here yet."""
-        with pytest.raises(ResumableError, match="the same command again, with --resume where it has a checkpoint"):
-            launched("sys.exit(75)")
-
-    def test_an_earlier_stop_is_not_this_one(self, launched: Callable[[str], None], tmp_path: Path) -> None:
-        (tmp_path / STOPPED).write_text('{"reason": "earlier"}')
-        with pytest.raises(GenattError, match="ended with exit code 3 under launcher=process"):
-            launched("sys.exit(3)")
-        assert not (tmp_path / STOPPED).exists()
-
-    def test_hosts_on_which_nothing_begins(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setitem(launchers._COMMANDS, "deepspeed", lambda start: ["sleep", "60"])
-        place = Place(Hosts(shell="mpich", start_seconds=0.5), 1, "cpu", machines=(Host("a", 1, 1),))
-        with pytest.raises(GenattError, match=r"no rank of .* began within 0 s under --ssh=mpich"):
-            launchers.launch(tmp_path, "deepspeed", TrainingConfig(), place)
-
-    def test_a_signal_reaches_the_ranks_first(self, launched: Callable[[str], None], tmp_path: Path) -> None:
-        ranks = "import signal, time; signal.signal(15, lambda *_: sys.exit((run / 'asked').write_text('') + 3)); "
-        timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            launched(ranks + "time.sleep(60)")
-        assert (tmp_path / "asked").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from fault_results import figures
 from tiny_data import histories, run_tree, write_prepared
 from two_hosts import TwoHosts, missing, two_hosts
+
+from genatt_dist import runs
+from genatt_dist.training.checkpoint.store import Store
+from genatt_dist.training.options import TrainingConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,7 +29,8 @@ _HOSTFILE = "host-a slots=1\nhost-b slots=1  # beside it\n"
 _AT_RENDEZVOUS = ("--nnodes", 2, "--rendezvous", "10.77.0.1:29400")
 SECRET = "not-to-be-seen"
 _OTHERS = ("torchrun", "pdsh")
-_WITHOUT_END = ("training.epochs=100000", "training.patience=100000", "training.silence_seconds=10")
+_WITHOUT_END = ("training.epochs=100000", "training.patience=100000")
+_QUICK = "training.silence_seconds=10"
 
 
 @dataclass
@@ -121,27 +128,47 @@ def test_two_hosts_train_as_one(case: Case, one_host: list[float], launcher: str
     summary = json.loads((run / "summary.json").read_text())
     assert summary["train"]["world_size"] == 2
     assert summary["train"]["launcher"] == ("torchrun" if launcher == "torchrun" else "deepspeed")
-    difference = max(abs(a - b) for a, b in zip(one_host, _losses(run).values(), strict=True))
-    print(f"largest difference of losses, one host and two under {launcher}: {difference:.1e}")
-    assert difference <= 1e-6
+    with figures(f"two_hosts_of_one_rank_{launcher}") as found:
+        found |= {"records": len(one_host), "tolerance": 1e-6}
+        difference = max(abs(a - b) for a, b in zip(one_host, _losses(run).values(), strict=True))
+        found["largest_loss_difference_from_one_host_of_two"] = difference
+        assert difference <= 1e-6
     assert case.hosts.left(10) == []
 
 
-@pytest.mark.parametrize("launcher", ["ssh", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
-def test_a_host_that_is_cut_off_is_named(case: Case, launcher: str) -> None:
-    """Its cable is pulled in the middle of training: the ranks on both sides end by themselves, and say who is lost."""
-    run = case.directory / f"cut-{launcher}"
-    processes = case.both(run, launcher, *_WITHOUT_END)
+_DEFAULT = TrainingConfig().silence_seconds
+
+
+@pytest.mark.parametrize(
+    ("launcher", "silence"),
+    [
+        ("ssh", 10.0),
+        pytest.param("torchrun", 10.0, marks=pytest.mark.exhaustive),
+        pytest.param("ssh", _DEFAULT, marks=pytest.mark.exhaustive),
+        pytest.param("torchrun", _DEFAULT, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_host_that_is_cut_off_is_named(case: Case, launcher: str, silence: float) -> None:
+    """Its cable is pulled in the middle of training: the ranks on both sides end by themselves, and say who is lost.
+    FAULT_RESULTS=FILE keeps how long that took, here and in the tests below.
+    """
+    run = case.directory / f"cut-{launcher}-{silence:.0f}"
+    processes = case.both(run, launcher, *_WITHOUT_END, f"training.silence_seconds={silence}")
     _wait(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 3, processes)
     case.hosts.cut("b")
+    cut = time.monotonic()
     try:
-        cut = time.monotonic()
-        output = _ends(processes["a"], case.log(run), 75, _NAMED_SECONDS)
-        print(f"{launcher}: ended {time.monotonic() - cut:.1f} s after the link was cut")
-        assert "rank 1" in output
-        assert "is lost" in output
-        assert "--resume" in output
-        assert case.hosts.left(_NAMED_SECONDS - (time.monotonic() - cut)) == []
+        with figures(f"link_cut_{launcher}_silence_{silence:.0f}") as found:
+            found |= {"silence_seconds": silence, "default": silence == _DEFAULT, "limit_seconds": _NAMED_SECONDS}
+            while "rank 1 " not in (output := case.log(run).read_text()) or "is lost" not in output:
+                assert time.monotonic() < cut + _NAMED_SECONDS, output
+                time.sleep(0.1)
+            found["seconds_to_the_error"] = round(time.monotonic() - cut, 1)
+            output = _ends(processes["a"], case.log(run), 75, _NAMED_SECONDS - (time.monotonic() - cut))
+            found["seconds_to_the_end"] = round(time.monotonic() - cut, 1)
+            assert "--resume" in output
+            assert case.hosts.left(_NAMED_SECONDS - (time.monotonic() - cut)) == []
+            found["seconds_to_the_end_on_both_hosts"] = round(time.monotonic() - cut, 1)
     finally:
         case.hosts.mend("b")
         for process in processes.values():
@@ -152,22 +179,28 @@ def test_a_host_that_is_cut_off_is_named(case: Case, launcher: str) -> None:
 @pytest.mark.exhaustive
 def test_a_run_goes_on_where_one_host_is_left(case: Case) -> None:
     """Over two hosts, one of them cut off, then with both ranks on the other: the losses of an undisturbed run."""
-    more = ("training.epochs=30", "training.patience=100", "training.silence_seconds=10")
+    more = ("training.epochs=30", "training.patience=100", _QUICK)
     run, whole = case.directory / "goes-on", case.directory / "undisturbed"
     _ends(case.start("a", whole, "--launcher", "torchrun", *more), case.log(whole))
     processes = case.both(run, "ssh", *more)
     _wait(lambda: (run / "checkpoints").is_dir() and len(_losses(run)) > 5, processes)
     case.hosts.cut("b")
     try:
-        _ends(processes["a"], case.log(run), 75, _NAMED_SECONDS)
-        left = case.directory / "left"
-        left.write_text("host-a slots=2\n")
-        _ends(case.start("a", run, "--hostfile", left, "--resume", *more), case.log(run))
+        with figures("remaining_host") as found:
+            _ends(processes["a"], case.log(run), 75, _NAMED_SECONDS)
+            left = case.directory / "left"
+            left.write_text("host-a slots=2\n")
+            output = _ends(case.start("a", run, "--hostfile", left, "--resume", *more), case.log(run))
+            (step,) = re.findall(r"goes on from the checkpoint of step (\d+)", output)
+            undisturbed, resumed = _losses(whole), _losses(run)
+            found |= {"resumed_from": int(step), "steps": max(undisturbed), "tolerance": 1e-6}
+            assert 0 < int(step) < max(undisturbed)
+            assert undisturbed.keys() == resumed.keys()
+            difference = max(abs(undisturbed[step] - resumed[step]) for step in undisturbed)
+            found["largest_loss_difference"] = difference
+            assert difference <= 1e-6
     finally:
         case.hosts.mend("b")
-    undisturbed, resumed = _losses(whole), _losses(run)
-    assert undisturbed.keys() == resumed.keys()
-    assert max(abs(undisturbed[step] - resumed[step]) for step in undisturbed) <= 1e-6
     assert case.hosts.left(10) == []
 
 
@@ -175,21 +208,29 @@ def test_a_run_goes_on_where_one_host_is_left(case: Case) -> None:
 def test_sigterm_stops_the_ranks_of_both_hosts(case: Case) -> None:
     """The user's command is asked to stop: all ranks finish their step, and the run can go on."""
     run = case.directory / "stopped"
-    processes = case.both(run, "ssh", *_WITHOUT_END)
+    processes = case.both(run, "ssh", *_WITHOUT_END, "training.checkpoint_every=null")
     _wait(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 3, processes)
-    processes["a"].terminate()
-    output = _ends(processes["a"], case.log(run), 75, 40)
-    stopped = json.loads((run / "stopped.json").read_text())
-    assert stopped["reason"] == "SIGTERM"
-    assert stopped["checkpoint"] == stopped["step"]
-    assert f"go on from the checkpoint of step {stopped['step']}" in output
+    with figures("sigterm_two_hosts") as found:
+        found["limit_seconds"] = 30
+        before, asked = max(_losses(run)), time.monotonic()
+        processes["a"].terminate()
+        output = _ends(processes["a"], case.log(run), 75, 40)
+        found["seconds_to_the_end"] = round(time.monotonic() - asked, 1)
+        stopped = json.loads((run / "stopped.json").read_text())
+        newest = Store.of(run, runs.read_config(run).training.checkpoint).newest()
+        newest.verify()
+        found |= {"checkpoint": newest.progress.step, "steps_lost": stopped["step"] - newest.progress.step}
+        assert stopped["reason"] == "SIGTERM"
+        assert stopped["checkpoint"] == stopped["step"] == newest.progress.step > before
+        assert f"go on from the checkpoint of step {stopped['step']}" in output
+        assert found["seconds_to_the_end"] <= found["limit_seconds"]
     assert case.hosts.left(10) == []
 
 
 @pytest.mark.exhaustive
 def test_nothing_outlives_a_killed_launcher(case: Case) -> None:
     run = case.directory / "killed"
-    processes = case.both(run, "ssh", *_WITHOUT_END)
+    processes = case.both(run, "ssh", *_WITHOUT_END, _QUICK)
     _wait(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 3, processes)
     processes["a"].kill()
     assert case.hosts.left(_NAMED_SECONDS) == []

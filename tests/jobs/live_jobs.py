@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ PIPELINE = {
             "epochs": 2,
             "batch_sequences": 24,
             "learning_rate": 0.005,
-            "checkpoint_every": 10,
+            "checkpoint_every": 7,
             "evaluate_every": 2,
         },
         "evaluation": {"batch_users": 256},
@@ -47,7 +49,14 @@ PIPELINE = {
 }
 LAST_STEP = 78  # of 39 batches an epoch
 UNDISTURBED = "undisturbed"
+_BEAT_SECONDS = 2.2  # a little more than between two beats
+_RESUMED = re.compile(r"note: goes on from the checkpoint of step (\d+)")
 KEYS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+
+
+def resumed_from(said: str) -> list[int]:
+    """The checkpoints that a job said it went on from."""
+    return [int(step) for step in _RESUMED.findall(said)]
 
 
 @dataclass
@@ -126,6 +135,23 @@ class Live:
                 return found[0]
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
+
+    def seconds_a_step(self, run: str) -> float:
+        """Of a run that has ended, by its log."""
+        records = [json.loads(line) for line in self.read(run, "metrics.jsonl").splitlines()]
+        return statistics.median(one["step_seconds"] for one in records if one["kind"] == "train")
+
+    def done(self, run: str) -> int:
+        """Steps that a run whose ranks were just killed had done at least: the log of a node tells some of them, the
+        heartbeat of a rank that is left tells all, if it gets to it.
+        """
+        done, deadline = self.step(run), time.monotonic() + _BEAT_SECONDS
+        while time.monotonic() < deadline:
+            for path in self.cluster.scratch.glob(f"genatt-*/{run}/heartbeat.json"):
+                with suppress(OSError, ValueError):  # removed meanwhile
+                    done = max(done, json.loads(path.read_text())["step"] - 1)
+            time.sleep(0.1)
+        return done
 
     def wait_for_step(self, run: str, step: int, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + JOB_SECONDS

@@ -10,19 +10,21 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_jobs import JOB_SECONDS, LAST_STEP, UNDISTURBED, Live
+from fault_results import figures, surroundings
+from live_jobs import JOB_SECONDS, LAST_STEP, PIPELINE, UNDISTURBED, Live, resumed_from
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TOLERANCE = 1e-6
 WORKER = "RayTrainWorker"
 KILLS = 10
-_FIRST, _LAST = 5, LAST_STEP - 20  # steps after which a worker is killed: after some of training, and with some left
+EVERY = PIPELINE["train"]["training"]["checkpoint_every"]
 Losses = dict[int, tuple[float, float]]
 
 
@@ -49,26 +51,36 @@ def test_finished_stages_are_skipped_and_jobs_are_listed(live: Live, undisturbed
     assert live.genatt("jobs", "logs", attempts[0]["id"]).stdout.endswith(ended.stdout)
 
 
-def killed(live: Live, run: str, seed: int) -> dict[str, Any]:
-    """Submits the pipeline and kills one of its two ranks after a random step."""
+def killed(live: Live, run: str, seed: int, row: dict[str, Any]) -> None:
+    """Submits the pipeline and kills one of its two ranks at a random moment; `row` gets what there is to know of it.
+
+    The log has a line for each checkpoint, just before it is written, so the kill comes a random part of the time
+    between two of them after a random line. By the third line the first checkpoint is complete.
+    """
     draw = random.Random(seed)
-    step = draw.randint(_FIRST, _LAST)
+    step = draw.randrange(3 * EVERY, LAST_STEP - 3 * EVERY, EVERY)
+    steps, seconds = draw.random() * EVERY, live.seconds_a_step(UNDISTURBED)
+    row |= {"seed": seed, "aimed_at_step": round(step + steps, 2)}
     with live.submitting(run) as process:
-        live.wait_for_step(run, step, process)
-        victims = live.cluster.workers(WORKER)
+        live.wait_for_step(run, EVERY, process)
+        victims = live.cluster.workers(WORKER)  # now: to look takes as long as some steps
         assert len(victims) == 2
         victim = draw.choice(victims)
+        live.wait_for_step(run, step, process)
+        time.sleep(steps * seconds)
         victim.send_signal(signal.SIGKILL)
-        found = live.step(run)
+        row["last_step_heard_of"] = live.done(run)
         said, _ = process.communicate(timeout=JOB_SECONDS)
+    row["resumed_from"] = resumed_from(said)
     assert process.returncode == 0, said
     assert " lost: starting again (1 of 3)" in said, said
-    return {"seed": seed, "killed_after_step": found}
+    (begun,) = row["resumed_from"]
+    assert 0 < begun <= row["last_step_heard_of"], said
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_worker_changes_no_loss(live: Live, largest_difference: Callable[[str], float], seed: int) -> None:
-    killed(live, f"killed-{seed}", seed)
+    killed(live, f"killed-{seed}", seed, {})
     assert largest_difference(f"killed-{seed}") <= TOLERANCE
 
 
@@ -78,13 +90,15 @@ def results() -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     yield rows
     if path := os.environ.get("KILL_RESULTS"):
-        command = "pytest -m exhaustive tests/jobs/test_live_jobs.py -k ten_killed"
         told = {
-            "command": command,
+            "command": "pytest -m exhaustive tests/jobs/test_live_jobs.py -k ten_killed",
+            **surroundings(),
+            "device": "cpu",
             "nodes": 2,
             "ranks": 2,
             "steps": LAST_STEP,
             "tolerance": TOLERANCE,
+            "config": PIPELINE,
             "kills": len(rows),
             "rows": rows,
         }
@@ -96,10 +110,12 @@ def results() -> Iterator[list[dict[str, Any]]]:
 def test_ten_killed_workers_change_no_loss(
     live: Live, largest_difference: Callable[[str], float], results: list[dict[str, Any]], seed: int
 ) -> None:
-    row = killed(live, f"ten-{seed}", seed)
-    found = largest_difference(f"ten-{seed}")
-    results.append(row | {"largest_loss_difference": found})
-    assert found <= TOLERANCE
+    row: dict[str, Any] = {"status": "failed"}
+    results.append(row)
+    killed(live, f"ten-{seed}", seed, row)
+    row["largest_loss_difference"] = largest_difference(f"ten-{seed}")
+    assert row["largest_loss_difference"] <= TOLERANCE
+    row["status"] = "ok"
 
 
 @pytest.mark.exhaustive
@@ -121,10 +137,12 @@ def test_a_second_submission_follows_the_job_and_a_stopped_one_goes_on(
         said, _ = process.communicate(timeout=JOB_SECONDS)
         assert process.returncode == 75, said
         assert "was stopped and can go on: genatt submit pipeline" in said
-    assert json.loads(live.read("stopped", "stopped.json"))["checkpoint"] >= 10
+    checkpoint = json.loads(live.read("stopped", "stopped.json"))["checkpoint"]
+    assert checkpoint >= 10
     ended = live.genatt(*live.submission("stopped"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "prepare: skipped: " in ended.stdout
+    assert resumed_from(ended.stdout) == [checkpoint]
     assert largest_difference("stopped") <= TOLERANCE
 
 
@@ -144,13 +162,23 @@ def test_a_benchmark_has_its_ranks_on_both_nodes(live: Live) -> None:
 
 @pytest.mark.exhaustive
 def test_after_the_heads_death_a_resubmission_resumes(live: Live, largest_difference: Callable[[str], float]) -> None:
-    with live.submitting("headless") as process:
-        live.wait_for_step("headless", 30, process)
-        live.cluster.kill_head()
-        process.kill()  # told after 90 s that the cluster does not answer
-    live.cluster.stop()
-    live.cluster.start()
-    ended = live.genatt(*live.submission("headless"))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "prepare: skipped: " in ended.stdout
-    assert largest_difference("headless") <= TOLERANCE
+    """FAULT_RESULTS=FILE keeps its figures."""
+    with figures("head_killed") as found:
+        with live.submitting("headless") as process:
+            live.wait_for_step("headless", 30, process)
+            found["logged_step"] = live.step("headless")
+            live.cluster.kill_head()
+            process.kill()  # told after 90 s that the cluster does not answer
+        live.cluster.stop()
+        live.cluster.start()
+        submitted = time.monotonic()
+        ended = live.genatt(*live.submission("headless"))
+        found["seconds_of_the_resubmission"] = round(time.monotonic() - submitted, 1)
+        found["resumed_from"] = resumed_from(ended.stdout)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "prepare: skipped: " in ended.stdout
+        (step,) = found["resumed_from"]
+        assert 0 < step <= LAST_STEP
+        found |= {"steps": LAST_STEP, "tolerance": TOLERANCE, "config": PIPELINE}
+        found["largest_loss_difference"] = largest_difference("headless")
+        assert found["largest_loss_difference"] <= TOLERANCE
