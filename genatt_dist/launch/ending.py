@@ -51,8 +51,9 @@ def tell_stopped(run: Path) -> None:
     """Raise ResumableError where the ranks said that they stopped."""
     try:
         stopped: dict[str, Any] = json.loads((run / STOPPED).read_text())
-        where = f"after step {stopped['step']} (epoch {stopped['epoch'] + 1})"
-    except (OSError, ValueError, KeyError):
+        step, epoch = stopped["step"], stopped["epoch"]
+        where = f"after step {step}" if epoch is None else f"after step {step} (epoch {epoch + 1})"
+    except (OSError, ValueError, KeyError, TypeError):
         return
     raise ResumableError(f"{run} stopped {where}: {stopped.get('reason')}; {_how(run, stopped.get('checkpoint'))}")
 

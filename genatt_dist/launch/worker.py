@@ -78,7 +78,7 @@ def _stop_early(run: Path, resume: bool, reason: str) -> None:
     steps = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/COMPLETE")]
     if steps or not resume:  # else they lie elsewhere, and there is no time to look
         newest = max(steps, default=None)
-        write_stopped(run, f"{reason} before training went on", newest or 0, 0, newest, rank)
+        write_stopped(run, f"{reason} before training went on", newest or 0, None, newest, rank)
     if rank == 0:
         print(f"error: stopped by {reason} before training began", file=sys.stderr, flush=True)
     _leave(ResumableError.exit_code)

@@ -108,8 +108,8 @@ class Trail:
         place = self._run / NONFINITE
         self._write(place, what, update)
         return (
-            f"{what} at step {update.step}, epoch {update.epoch}: {REMEDY}; the users and items of its batch are in "
-            f"{place}"
+            f"{what} at step {update.step} (epoch {update.epoch + 1}): {REMEDY}; the users and items of its batch "
+            f"are in {place}"
         )
 
     def _write(self, place: Path, what: str, update: _Update) -> None:

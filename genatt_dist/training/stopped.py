@@ -22,8 +22,9 @@ class StoppedError(ResumableError):
     """All ranks stopped after the same step, as they were asked to; rank 0 speaks for all."""
 
 
-def write_stopped(run: Path, reason: str, step: int, epoch: int, checkpoint: int | None, rank: int = 0) -> None:
-    """Say why the run stopped. step: updates done; checkpoint: the newest's step.
+def write_stopped(run: Path, reason: str, step: int, epoch: int | None, checkpoint: int | None, rank: int = 0) -> None:
+    """Say why the run stopped. step: updates done; epoch: from 0, None where it is not known; checkpoint: the newest's
+    step.
 
     Of ranks that see different things (a link is cut, and each misses the other) rank 0 is believed: it replaces what
     others said, and they wait a few seconds for it. Otherwise what was said first stays.

@@ -82,8 +82,8 @@ class Trainer:
         batch, ranks = config.training.batch_sequences, self._world_size
         if ranks > 2 and batch < _FEW_SEQUENCES * ranks:
             self._notes.append(
-                f"training.batch_sequences={batch} is the global batch, {batch / ranks:.1f} a rank: raise it for {ranks} "
-                "ranks"
+                f"training.batch_sequences={batch} is the global batch, {batch / ranks:.1f} for each of {ranks} ranks: "
+                "raise it"
             )
         store = Store.of(run, config.training.checkpoint)
         if resume:

@@ -321,7 +321,7 @@ def test_loss_that_is_no_number_leaves_its_batch(make_config: Callable[..., RunC
     facts = json.loads((run / NONFINITE).read_text())
     assert told[0] == told[1]
     assert told[0].startswith("loss is nan")
-    assert f"at step {facts['step']}, epoch 0: lower training.learning_rate" in told[0]
+    assert f"at step {facts['step']} (epoch 1): lower training.learning_rate" in told[0]
     assert told[0].endswith(f"are in {run / NONFINITE}")
     assert facts["batch"] == facts["step"] - 1
     assert [part["rank"] for part in facts["ranks"]] == [0, 1]
