@@ -131,6 +131,7 @@ def test_a_configuration_is_read_strictly(tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_not_the_default() -> None:
     assert command(FULL) == "genatt bench scaling --out FILE"
+    assert command(read(None, {"full_items": "none"})) == "genatt bench scaling --full-items none --out FILE"
     config = ScalingConfig(steps=(1, 50), select=("table=sharded",), launcher="deepspeed")
     assert command(config) == "genatt bench scaling --steps 1,50 --select table=sharded --launcher deepspeed --out FILE"
 

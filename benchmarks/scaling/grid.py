@@ -27,6 +27,7 @@ Kind = Literal["replicated", "sharded"]
 # The honest split, fixed here before anything runs: a row is fitted to only if it is in none of these, of one rank
 # alone or of independent ones, and its batch is not the larger one of strong scaling; none of several ranks is.
 HELD_OUT_STEPS = (10, 200)
+NOTHING = "none"  # an empty list, on the command line
 HELD_OUT_ITEMS = (30_000, 100_000)
 
 
@@ -117,7 +118,7 @@ class ScalingConfig(Section):
     @classmethod
     def _numbers(cls, value: object) -> object:
         if isinstance(value, str):
-            value = [word.strip() for word in value.split(",") if word.strip()]
+            value = [word.strip() for word in value.split(",") if word.strip() not in ("", NOTHING)]
         if not isinstance(value, list | tuple) or not all(str(one).isdecimal() and int(one) >= 1 for one in value):
             raise ValueError("give whole numbers from 1 with commas, for example 1,2")
         return tuple(sorted({int(one) for one in value}))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.scaling.grid import ScalingConfig, Spec
+from benchmarks.scaling.grid import NOTHING, ScalingConfig, Spec
 from benchmarks.scaling.judge import TARGET, TOGETHER, judged, modelled, read_model, read_results
 from benchmarks.scaling.measure import measured_cell
 from benchmarks.scaling.pool import Pool, RowError
@@ -143,7 +143,7 @@ def command(config: ScalingConfig) -> str:
         if name == "select":
             words += [f"{option} {one}" for one in value]
         else:
-            words.append(f"{option} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
+            words.append(f"{option} {','.join(map(str, value)) or NOTHING if isinstance(value, tuple) else value}")
     return " ".join([*words, "--out FILE"])
 
 

@@ -63,7 +63,9 @@ def bench_scaling(
     items: Annotated[
         str, typer.Option(help="Catalogues under the sampled softmax; default 10000,100000,1000000.")
     ] = "",
-    full_items: Annotated[str, typer.Option(help="Catalogues under the full softmax; default 10000,30000.")] = "",
+    full_items: Annotated[
+        str, typer.Option(help="Catalogues under the full softmax, or none; default 10000,30000.")
+    ] = "",
     few_steps: Annotated[
         str, typer.Option(help="T under the full softmax, and from a million items on; default 50.")
     ] = "",
