@@ -6,7 +6,7 @@ import os
 import socket
 
 from data_pipeline.errors import GenattError
-from data_pipeline.storage import one_line
+from data_pipeline.redaction import one_line, redact
 
 ANSWER_SECONDS = 10.0
 
@@ -23,6 +23,7 @@ def ray_address() -> str | None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise GenattError(
-                f"no Ray answers at RAY_ADDRESS={address}: {one_line(error)}: see whether it runs, or unset it"
+                f"no Ray answers at RAY_ADDRESS={redact(address or '')}: {one_line(error)}: see whether it runs, or "
+                "unset it"
             ) from None
     return address

@@ -17,7 +17,7 @@ from data_pipeline.redaction import one_line
 from data_pipeline.signals import own_sigterm
 
 _ROOT = Path(__file__).parents[2]
-_ANSWER_SECONDS = 60.0
+_READY_SECONDS, _ANSWER_SECONDS = 300.0, 60.0  # a node may have to fetch the program first
 _LINE_SECONDS = 10.0
 
 
@@ -92,6 +92,7 @@ def start(module: str, ranks: int, environment: dict[str, str], seconds: float) 
     Raises GenattError where Ray has no room for them within so many seconds.
     """
     import ray
+    from ray.exceptions import GetTimeoutError
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -104,7 +105,13 @@ def start(module: str, ranks: int, environment: dict[str, str], seconds: float) 
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": where}
             places.append(ray.remote(_Place).options(**options).remote())
-        addresses = ray.get([place.address.remote() for place in places], timeout=_ANSWER_SECONDS)
+        try:
+            addresses = ray.get([place.address.remote() for place in places], timeout=_READY_SECONDS)
+        except GetTimeoutError:
+            raise GenattError(
+                f"launcher=ray: not all of {ranks} ranks answered in {_READY_SECONDS:.0f} s: see `ray status` and the "
+                "logs of the nodes"
+            ) from None
         nodes = [address for address, _ in addresses]
         master, port = addresses[0]
         for rank, place in enumerate(places):

@@ -80,10 +80,6 @@ class Tracer(TorchDispatchMode):
         self._counts: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
         self._finalizers: list[weakref.finalize[Any, Any]] = []
 
-    @property
-    def live_bytes(self) -> int:
-        return self._live
-
     def forward_ended(self) -> None:
         self.trace.saved_bytes = self._live
 

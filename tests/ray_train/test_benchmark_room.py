@@ -21,3 +21,14 @@ def test_too_many_ranks_end_with_what_is_free(
     ):
         pass
     assert f"waiting for room for {wanted}; the cluster has 2 CPU free" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_ranks_that_do_not_answer_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_workers, "_READY_SECONDS", 0.001)
+    with (
+        pytest.raises(GenattError, match="launcher=ray: not all of 1 ranks answered in 0 s: see `ray status`"),
+        ray_workers.start("no.module", 1, {}, 60.0),
+    ):
+        pass
